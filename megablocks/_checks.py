@@ -1,0 +1,167 @@
+"""Argument checks: the one place that words an error.
+
+Every message says the rule, the value that broke it and the remedy. Checks of shapes and types always run. Checks
+that must read a tensor's values (token ids, capacities) run in eager mode on the CPU only, where reading is free.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+T = TypeVar("T")
+
+
+def check_size(name: str, value: object, *, minimum: int = 1) -> int:
+    """Returns `value` if it is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int, but is {value!r} ({type(value).__name__}).")
+    if value < minimum:
+        raise ValueError(f"`{name}` must be at least {minimum}, but is {value}.")
+    return value
+
+
+def check_optional_size(name: str, value: object, off: str) -> int | None:
+    """Returns `value` if it is `None` or a whole number of at least 1; `off` says what `None` means."""
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+        raise ValueError(f"`{name}` must be at least 1, but is {value}; use `None` for {off}.")
+    return check_size(name, value)
+
+
+def check_probability(name: str, value: object) -> float:
+    """Returns `value` as a float if it lies in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number in [0, 1), but is {value!r} ({type(value).__name__}).")
+    if not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be in [0, 1), but is {value}.")
+    return float(value)
+
+
+def check_flag(name: str, value: object) -> bool:
+    """Returns `value` if it is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, but is {value!r}.")
+    return value
+
+
+def check_even(name: str, value: int, what: str) -> None:
+    """Raises unless `value` is even."""
+    if value % 2:
+        raise ValueError(f"`{name}` must be even for {what}, but is {value}.")
+
+
+def lookup(name: str, key: object, table: Mapping[str, T], *, others: str = "") -> T:
+    """Returns `table[key]`; an unknown key is answered with the known ones and with what else is accepted."""
+    if isinstance(key, str) and key in table:
+        return table[key]
+    known = ", ".join(repr(known) for known in table)
+    raise ValueError(f"`{name}` must be one of {known}{others}, but is {key!r}.")
+
+
+def check_input(name: str, x: object, width: int) -> None:
+    """Raises unless `x` is a floating-point tensor of shape `(B, L, width)` with `L >= 1`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` must be a tensor of shape (batch, length, {width}), but is {type(x).__name__}.")
+    if x.dim() != 3 or x.shape[-1] != width:
+        raise ValueError(
+            f"`{name}` must have shape (batch, length, {width}), but has shape {tuple(x.shape)}; "
+            "inputs are batch-first, with the features last."
+        )
+    if x.shape[1] == 0:
+        raise ValueError(f"`{name}` must hold at least one position, but has shape {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise TypeError(f"`{name}` must have a floating-point dtype, but is {x.dtype}; convert it, e.g. by `.float()`.")
+
+
+def check_padding_mask(name: str, mask: object, shape: tuple[int, int]) -> None:
+    """Raises unless `mask` is `None` or a bool tensor of the given `(batch, length)`."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"`{name}` must be a bool tensor, True at padding and False at real tokens, but is {kind}; "
+            f"from a mask with 1 at real tokens, pass `{name}=mask == 0`."
+        )
+    if tuple(mask.shape) != shape:
+        raise ValueError(
+            f"`{name}` must have shape (batch, length) = {shape}, but has shape {tuple(mask.shape)}; "
+            "it covers the tokens of this call only."
+        )
+
+
+def check_batch(name: str, found: int, expected: int) -> None:
+    """Raises unless a state's batch size is that of the input."""
+    if found != expected:
+        raise ValueError(
+            f"`{name}` must have the batch size of the input, {expected}, but was made for {found}; "
+            f"use `init_state({expected})` or `megablocks.state.select_rows`."
+        )
+
+
+def check_state(state: object, kinds: type | tuple[type, ...], owner: str) -> None:
+    """Raises unless `state` is one of the state types that `owner` makes."""
+    if not isinstance(state, kinds):
+        expected = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+        raise TypeError(
+            f"`state` of {owner} must be {expected}, but is {type(state).__name__}; "
+            "pass what this layer's `init_state` or its last call returned."
+        )
+
+
+def check_state_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raises unless a state's tensor has the shape, without the batch, that this layer makes."""
+    if tuple(tensor.shape[1:]) != expected:
+        raise ValueError(
+            f"`{name}` must have shape {('batch', *expected)}, but has shape {tuple(tensor.shape)}; "
+            "the state was made by another layer."
+        )
+
+
+def values_readable(*tensors: Tensor) -> bool:
+    """Whether checks of values may read these tensors: eager mode, on the CPU."""
+    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
+
+
+def check_token_ids(name: str, ids: object, size: int) -> None:
+    """Raises unless `ids` is an integer tensor `(B, L)`; in eager mode on the CPU also unless all lie in [0, size)."""
+    if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"`{name}` must be an int64 or int32 tensor of token ids, but is {kind}.")
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(
+            f"`{name}` must have shape (batch, length) with length >= 1, but has shape {tuple(ids.shape)}; "
+            f"a single sequence needs `{name}[None]`."
+        )
+    if values_readable(ids) and ids.numel():
+        low, high = (int(bound) for bound in ids.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"`{name}` must be in [0, {size}), the vocabulary, but holds {low if low < 0 else high}; "
+                "mark padding with `padding_mask`, not with an id outside the vocabulary."
+            )
+
+
+def check_table(length: int, max_positions: int) -> None:
+    """Raises if `length` positions do not fit a simple bias table."""
+    if length > max_positions:
+        raise ValueError(
+            f"A simple relative bias with `max_positions={max_positions}` cannot serve {length} positions (padding "
+            "included); make a larger table, set a smaller `chunk_size`, or use a rotary bias, which has no limit."
+        )
+
+
+def check_modules(name: str, modules: Iterable[Any]) -> list[nn.Module]:
+    """Returns the modules as a list, at least one and nothing else."""
+    listed = list(modules)
+    for index, module in enumerate(listed):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"`{name}[{index}]` must be a torch.nn.Module, but is {type(module).__name__}.")
+    if not listed:
+        raise ValueError(f"`{name}` must hold at least one layer, but is empty.")
+    return listed

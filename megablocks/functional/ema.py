@@ -1,0 +1,291 @@
+"""The multi-dimensional damped exponential moving average as a function, and the choice of its kernel."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import NamedTuple, Protocol, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megablocks._checks import check_batch, check_state, check_state_shape, lookup
+from megablocks.functional.padding import packed, zero_padding
+from megablocks.functional.precision import at_least_float32, without_autocast
+from megablocks.kernels import EMACoefficients
+from megablocks.kernels.blocked import blocked
+from megablocks.kernels.recurrent import recurrent
+from megablocks.state import EMAState, TruncatedEMAState
+
+
+class _Kernel(Protocol):
+    def __call__(
+        self,
+        x: Tensor,
+        forward: EMACoefficients,
+        mirror: EMACoefficients | None = None,
+        *,
+        hidden: Tensor | None = None,
+        lengths: Tensor | None = None,
+        truncation: int | None = None,
+        final: bool = False,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+_KERNELS: dict[str, _Kernel] = {"recurrent": recurrent, "blocked": blocked}
+
+
+def coefficients(alpha: Tensor, delta: Tensor, beta: Tensor, eta: Tensor) -> EMACoefficients:
+    r"""Turns parameters into the coefficients of the recurrence, in float32 or wider.
+
+    $$p = \sigma(\alpha)\,\sigma(\delta), \quad q = 1 - p, \quad b = \sigma(\alpha)\,\beta, \quad g = \eta / \sqrt{N}.$$
+
+    $\log q$ is `log1p(-p)` for slow decays, where `1 - p` would lose digits, and
+    $\log(\sigma(-\alpha) + \sigma(\alpha)\,\sigma(-\delta))$ for fast ones, where p rounds to 1.
+
+    Args:
+        alpha: Decay before the logistic function, $(D, N)$.
+        delta: Damping before the logistic function, $(D, N)$.
+        beta: Expansion, $(D, N)$.
+        eta: Projection, $(D, N)$.
+    """
+    dtype = at_least_float32(alpha.dtype)
+    alpha, delta, beta, eta = (parameter.to(dtype) for parameter in (alpha, delta, beta, eta))
+    decay = alpha.sigmoid()
+    p = decay * delta.sigmoid()
+    slow = torch.log1p(-p.clamp(max=0.5))
+    fast = torch.logaddexp(F.logsigmoid(-alpha), F.logsigmoid(alpha) + F.logsigmoid(-delta))
+    log_q = torch.where(p < 0.5, slow, fast)
+    return EMACoefficients(p, log_q, decay * beta, eta * eta.shape[-1] ** -0.5)
+
+
+def ema_kernel(alpha: Tensor, delta: Tensor, beta: Tensor, eta: Tensor, length: int) -> Tensor:
+    r"""Returns the impulse response of the average, $k_{d,l} = \sum_n b\, g\, q^l$, of shape $(D, \text{length})$.
+
+    For looking at and for plotting: nothing in the package computes with it, and it takes $D N$ times `length` floats.
+
+    Args:
+        alpha: Decay before the logistic function, $(D, N)$; likewise `delta`, `beta` and `eta`.
+        delta: Damping before the logistic function.
+        beta: Expansion.
+        eta: Projection.
+        length: Number of lags.
+    """
+    _, log_q, b, g = coefficients(alpha, delta, beta, eta)
+    lags = torch.arange(length, device=alpha.device)
+    return torch.einsum("dn,dnl->dl", b * g, torch.exp(log_q.unsqueeze(-1) * lags))
+
+
+@overload
+def damped_ema(
+    x: Tensor,
+    alpha: Tensor,
+    delta: Tensor,
+    beta: Tensor,
+    eta: Tensor,
+    omega: Tensor | None = None,
+    *,
+    truncation: int | None = None,
+    padding_mask: Tensor | None = None,
+    state: None = None,
+    backend: str = "auto",
+) -> Tensor: ...
+@overload
+def damped_ema(
+    x: Tensor,
+    alpha: Tensor,
+    delta: Tensor,
+    beta: Tensor,
+    eta: Tensor,
+    omega: Tensor | None = None,
+    *,
+    truncation: int | None = None,
+    padding_mask: Tensor | None = None,
+    state: EMAState | TruncatedEMAState,
+    backend: str = "auto",
+) -> tuple[Tensor, EMAState | TruncatedEMAState]: ...
+def damped_ema(
+    x: Tensor,
+    alpha: Tensor,
+    delta: Tensor,
+    beta: Tensor,
+    eta: Tensor,
+    omega: Tensor | None = None,
+    *,
+    truncation: int | None = None,
+    padding_mask: Tensor | None = None,
+    state: EMAState | TruncatedEMAState | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, EMAState | TruncatedEMAState]:
+    r"""Computes the multi-dimensional damped moving average of every channel of `x`.
+
+    With $p, q, b, g$ from `coefficients`:
+
+    $$h_t = q \odot h_{t-1} + b\, x_t, \qquad y_t = \sum_n g\, h_t + \omega\, x_t.$$
+
+    Args:
+        x: Input, $(B, L, D)$.
+        alpha: Decay before the logistic function, $(D, N)$; $(2D, N)$ for a bidirectional average, whose second half
+            of rows runs backwards in time. `delta`, `beta` and `eta` have the same shape.
+        delta: Damping before the logistic function.
+        beta: Expansion.
+        eta: Projection, scaled by $1/\sqrt{N}$ inside.
+        omega: Weight of the skip connection, $(D,)$; `None` for none.
+        truncation: Number of lags kept, 0 to `truncation` - 1; `None` for all.
+        padding_mask: $(B, L)$, bool, `True` at padding. Padded steps count as absent.
+        state: State to start from. With a state the result is `(y, state)`.
+        backend: `"auto"`, or a name that `ema_backend()` lists.
+
+    Returns:
+        $(B, L, D)$ in the dtype of `x`, zeros at padding; with a state also the state after the last real token.
+
+    Note:
+        Coefficients, averages and sums are float32 or wider, under autocast and half precisions too.
+    """
+    channels = x.shape[-1]
+    with without_autocast(x):
+        rows = coefficients(alpha, delta, beta, eta)
+        both = alpha.shape[0] == 2 * channels
+        forward = EMACoefficients(*(row[:channels] for row in rows))
+        mirror = EMACoefficients(*(row[channels:] for row in rows)) if both else None
+        clean = zero_padding(x, padding_mask)
+        inputs = clean.to(forward.p.dtype)
+        layout = None if padding_mask is None else packed(padding_mask)
+        lengths = None
+        if layout is not None:
+            inputs, lengths = layout.put(inputs), layout.filled.sum(1)
+
+        new_state: EMAState | TruncatedEMAState | None = None
+        if isinstance(state, TruncatedEMAState):
+            y, new_state = _truncated_segment(inputs, forward, state, lengths, truncation, backend)
+        else:
+            hidden = None if state is None else state.hidden
+            if truncation is not None and truncation >= x.shape[1]:
+                truncation = None
+            kernel = _choose(backend, x.shape[1], truncation)
+            y, after = kernel(
+                inputs,
+                forward,
+                mirror,
+                hidden=hidden,
+                lengths=lengths,
+                truncation=truncation,
+                final=state is not None,
+            )
+            if after is not None:
+                new_state = EMAState(after)
+        if layout is not None:
+            y = layout.back(y)
+        if omega is not None:
+            y = torch.addcmul(y, omega.to(y.dtype), clean.to(y.dtype))
+        y = y.to(x.dtype)
+    return y if new_state is None else (y, new_state)
+
+
+def check_ema_state(
+    state: object, batch: int, embed_dim: int, ema_dim: int, truncation: int | None
+) -> EMAState | TruncatedEMAState:
+    """Returns the state if it is one that an average of these sizes makes."""
+    owner = "MultiDimensionDampedEMA"
+    if truncation is None:
+        check_state(state, EMAState, f"{owner} without truncation")
+        tensor, expected = state.hidden, (embed_dim, ema_dim)  # type: ignore[attr-defined]
+    else:
+        check_state(state, TruncatedEMAState, f"{owner} with truncation={truncation}")
+        tensor, expected = state.inputs, (truncation, embed_dim)  # type: ignore[attr-defined]
+    check_state_shape("state", tensor, expected)
+    check_batch("state", tensor.shape[0], batch)
+    return state  # type: ignore[return-value]
+
+
+def _truncated_segment(
+    inputs: Tensor,
+    forward: EMACoefficients,
+    state: TruncatedEMAState,
+    lengths: Tensor | None,
+    truncation: int | None,
+    backend: str,
+) -> tuple[Tensor, TruncatedEMAState]:
+    remembered = state.inputs.shape[1]
+    extended = torch.cat([state.inputs, inputs], dim=1)
+    kernel = _choose(backend, extended.shape[1], truncation)
+    y, _ = kernel(extended, forward, truncation=truncation)
+    if lengths is None:
+        last = extended[:, -remembered:]
+    else:
+        index = lengths.unsqueeze(-1) + torch.arange(remembered, device=inputs.device)
+        last = extended.gather(1, index.unsqueeze(-1).expand(-1, -1, inputs.shape[-1]))
+    return y[:, remembered:], TruncatedEMAState(last)
+
+
+class EMABackends(NamedTuple):
+    """What computes the damped EMA on this machine."""
+
+    available: tuple[str, ...]
+    """Names that `ema_backend(name)` and `backend=name` accept here."""
+    default: str
+    """What calls with `backend="auto"` use; `"auto"` picks per call."""
+    last_used: str | None
+    """What served the last call."""
+
+
+class _Choice:
+    default = "auto"
+    last_used: str | None = None
+
+
+class _Restore:
+    """Puts the previous default back at the end of a `with` block."""
+
+    def __init__(self, previous: str) -> None:
+        self._previous = previous
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _Choice.default = self._previous
+
+
+@overload
+def ema_backend(name: None = None) -> EMABackends: ...
+@overload
+def ema_backend(name: str) -> _Restore: ...
+def ema_backend(name: str | None = None) -> EMABackends | _Restore:
+    """Tells which EMA backends there are, or sets the default one.
+
+    Without a name, returns what is available, the default and what served the last call. With a name, makes it the
+    default for the whole process, or, in a `with` statement, until the end of the block.
+
+    Args:
+        name: `"auto"` for the fastest that can serve each call, or a backend's name; `None` to ask.
+
+    Raises:
+        ValueError: If no backend has this name; the message lists those that there are.
+
+    Example:
+        >>> import megablocks
+        >>> megablocks.ema_backend().available
+        ('recurrent', 'blocked')
+        >>> with megablocks.ema_backend("recurrent"):
+        ...     megablocks.ema_backend().default
+        'recurrent'
+    """
+    if name is None:
+        return EMABackends(tuple(_KERNELS), _Choice.default, _Choice.last_used)
+    if name != "auto":
+        lookup("backend", name, _KERNELS, others=", or 'auto'")
+    previous, _Choice.default = _Choice.default, name
+    return _Restore(previous)
+
+
+def _choose(backend: str, length: int, truncation: int | None) -> _Kernel:
+    name = _Choice.default if backend == "auto" else backend
+    if name == "auto":
+        name = "recurrent" if length == 1 and truncation is None else "blocked"
+    kernel = lookup("backend", name, _KERNELS, others=", or 'auto'")
+    if not torch.compiler.is_compiling():
+        _Choice.last_used = name
+    return kernel

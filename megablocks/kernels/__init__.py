@@ -1,0 +1,40 @@
+"""The damped EMA, computed in different ways behind one signature, one file each.
+
+Every kernel is a function
+
+    kernel(x, forward, mirror=None, *, hidden=None, lengths=None, truncation=None, final=False) -> (y, hidden)
+
+that computes, for each row and channel, with N averages,
+
+    h_t = q h_{t-1} + b x_t        y_t = sum_n g h_t        q = 1 - p
+
+from `x` of shape (B, L, D), and adds the same sum run backwards in time with the coefficients `mirror`, where given.
+
+* Real tokens stand first in each row: from `lengths` (B,) on, `x` is zero. Outputs there are never looked at.
+* `hidden` (B, D, N) is the state before the first token, zeros where it is `None`.
+* `truncation=K` keeps lags 0 to K-1 only. It goes with neither `hidden` nor `final`: a truncated average needs no
+  state but its last K inputs, which the caller prepends.
+* `final=True` returns the state after the last real token of each row, else `None`.
+
+Everything is computed in the dtype of the coefficients, float32 or float64, in which `x` already is.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class EMACoefficients(NamedTuple):
+    """Coefficients of the recurrence for one direction of time, each `(D, N)`, float32 or float64."""
+
+    p: Tensor
+    """How much of an average is forgotten in a step, alpha delta."""
+    log_q: Tensor
+    """The logarithm of what is kept, log(1 - alpha delta), exact where p rounds to 1."""
+    b: Tensor
+    """Weight of the input, alpha beta."""
+    g: Tensor
+    """Weight of the average in the output, eta / sqrt(N)."""
+
+
+__all__ = ["EMACoefficients"]

@@ -1,0 +1,276 @@
+"""Normalisation over channels, or over the real tokens of a batch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from megablocks._checks import check_flag, check_input, check_padding_mask, check_size, lookup
+from megablocks.functional.padding import zero_padding
+from megablocks.functional.precision import at_least_float32
+from megablocks.layers.arguments import remembers_arguments
+
+NORMS = ("layernorm", "scalenorm", "rmsnorm", "batchnorm", "syncbatchnorm")
+
+
+@remembers_arguments
+class ScaleNorm(nn.Module):
+    r"""Divides each token by its root mean square and scales it by one learned number.
+
+    $$y = s\, x \,/ \sqrt{\tfrac1D \textstyle\sum_d x_d^2 + \epsilon}$$
+
+    Args:
+        eps: $\epsilon$.
+        affine: Whether to learn $s$.
+        device: Where to create the parameter.
+        dtype: Parameter dtype. The mean square is computed in float32 or wider.
+
+    Shape:
+        - `x`: $(\dots, D)$; output: the same, in the dtype of `x`.
+
+    Example:
+        >>> ScaleNorm()(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.8485, 1.1314]], grad_fn=<...>)
+
+    References:
+        Nguyen and Salazar, "Transformers without Tears", [arXiv:1910.05895](https://arxiv.org/abs/1910.05895).
+    """
+
+    def __init__(
+        self,
+        *,
+        eps: float = 1e-6,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        scale = torch.ones(1, device=device, dtype=dtype)
+        self.register_parameter("weight", nn.Parameter(scale) if check_flag("affine", affine) else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised tokens."""
+        return _root_mean_square_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        """Returns what `print` shows."""
+        return f"eps={self.eps}, affine={self.weight is not None}"
+
+    if TYPE_CHECKING:
+        weight: nn.Parameter | None
+        __call__ = forward
+
+
+@remembers_arguments
+class RMSNorm(nn.Module):
+    r"""Divides each token by its root mean square and scales each channel.
+
+    $$y_d = w_d\, x_d \,/ \sqrt{\tfrac1D \textstyle\sum_d x_d^2 + \epsilon}$$
+
+    Args:
+        embed_dim: $D$.
+        eps: $\epsilon$.
+        affine: Whether to learn $w$.
+        device: Where to create the parameter.
+        dtype: Parameter dtype. The mean square is computed in float32 or wider.
+
+    Shape:
+        - `x`: $(\dots, D)$; output: the same, in the dtype of `x`.
+
+    Example:
+        >>> RMSNorm(2)(torch.tensor([[3.0, 4.0]]))
+        tensor([[0.8485, 1.1314]], grad_fn=<...>)
+
+    References:
+        Zhang and Sennrich, [arXiv:1910.07467](https://arxiv.org/abs/1910.07467).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        eps: float = 1e-6,
+        affine: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = check_size("embed_dim", embed_dim)
+        self.eps = eps
+        scale = torch.ones(embed_dim, device=device, dtype=dtype)
+        self.register_parameter("weight", nn.Parameter(scale) if check_flag("affine", affine) else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised tokens."""
+        return _root_mean_square_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        """Returns what `print` shows."""
+        return f"{self.embed_dim}, eps={self.eps}, affine={self.weight is not None}"
+
+    if TYPE_CHECKING:
+        weight: nn.Parameter | None
+        __call__ = forward
+
+
+@remembers_arguments
+class SequenceNorm(nn.Module):
+    r"""Normalises a padded batch of sequences by a norm of the caller's choice; padding takes no part.
+
+    `"layernorm"`, `"scalenorm"` and `"rmsnorm"` look at one token at a time. `"batchnorm"` and `"syncbatchnorm"`
+    normalise each channel by mean and variance over all real tokens of the batch (of all processes of the default
+    group, with `"syncbatchnorm"`) in training, and by running averages of these in evaluation.
+
+    Args:
+        embed_dim: $D$.
+        norm: One of the names, or a module that maps $(B, L, D)$ to itself.
+        affine: Whether scale and shift are learned; for named norms.
+        eps: Added to the variance or mean square; for named norms.
+        device: Where to create the parameters.
+        dtype: Parameter dtype. Statistics are computed in float32 or wider.
+
+    Shape:
+        - `x`: $(B, L, D)$.
+        - `padding_mask`: $(B, L)$, bool, `True` at padding.
+        - output: $(B, L, D)$ in the dtype of `x`, zeros at padding.
+
+    Raises:
+        ValueError: If the name is unknown, or `x` has another shape.
+        TypeError: If `padding_mask` is not bool.
+
+    Note:
+        Batch statistics of a causal model would show it the future; causal layers refuse them.
+
+    Example:
+        >>> norm = SequenceNorm(8, norm="scalenorm")
+        >>> mask = torch.tensor([[False, False, True]])
+        >>> norm(torch.randn(1, 3, 8), padding_mask=mask)[0, 2].any().item()
+        False
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        norm: str | nn.Module = "layernorm",
+        affine: bool = True,
+        eps: float = 1e-5,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = check_size("embed_dim", embed_dim)
+        self.norm = norm if isinstance(norm, nn.Module) else _named_norm(embed_dim, norm, affine, eps, device, dtype)
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether a token's result depends on other tokens, as with batch statistics."""
+        return isinstance(self.norm, nn.modules.batchnorm._BatchNorm)
+
+    def forward(self, x: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
+        """Returns the normalised tokens."""
+        check_input("x", x, self.embed_dim)
+        check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
+        x = zero_padding(x, padding_mask)
+        if isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
+            y = _batch_norm(x, self.norm, padding_mask)
+        else:
+            y = self.norm(x)
+        return zero_padding(y, padding_mask)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+def sequence_norm(
+    embed_dim: int,
+    norm: str | nn.Module | None,
+    *,
+    affine: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SequenceNorm | None:
+    """Returns what the `norm` argument of a layer means: a name, a module, a `SequenceNorm` as it is, or none."""
+    if norm is None or isinstance(norm, SequenceNorm):
+        return norm
+    return SequenceNorm(embed_dim, norm=norm, affine=affine, device=device, dtype=dtype)
+
+
+def _named_norm(
+    embed_dim: int,
+    name: str,
+    affine: bool,
+    eps: float,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
+    check_flag("affine", affine)
+    makers = {
+        "layernorm": lambda: nn.LayerNorm(embed_dim, eps=eps, elementwise_affine=affine, device=device, dtype=dtype),
+        "scalenorm": lambda: ScaleNorm(eps=eps, affine=affine, device=device, dtype=dtype),
+        "rmsnorm": lambda: RMSNorm(embed_dim, eps=eps, affine=affine, device=device, dtype=dtype),
+        "batchnorm": lambda: nn.BatchNorm1d(embed_dim, eps=eps, affine=affine, device=device, dtype=dtype),
+        "syncbatchnorm": lambda: nn.SyncBatchNorm(embed_dim, eps=eps, affine=affine, device=device, dtype=dtype),
+    }
+    made: nn.Module = lookup("norm", name, makers, others=", a module or None")()
+    return made
+
+
+def _root_mean_square_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    wide = x.to(at_least_float32(x.dtype))
+    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (y if weight is None else y * weight).to(x.dtype)
+
+
+def _batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, padding_mask: Tensor | None) -> Tensor:
+    """Batch normalisation of (B, L, D) over the real tokens; parameters, buffers and momentum are those of `norm`."""
+    wide = x.to(at_least_float32(x.dtype))
+    if norm.training or norm.running_mean is None or norm.running_var is None:
+        mean, variance = _batch_statistics(wide, norm, padding_mask)
+    else:
+        mean, variance = norm.running_mean, norm.running_var
+    y = (wide - mean) * torch.rsqrt(variance + norm.eps)
+    if norm.affine:
+        y = y * norm.weight + norm.bias
+    return y.to(x.dtype)
+
+
+def _batch_statistics(
+    x: Tensor, norm: nn.modules.batchnorm._BatchNorm, padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    real = x.new_ones(x.shape[:2]) if padding_mask is None else (~padding_mask).to(x.dtype)
+    together = isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()
+    count = _summed(real.sum(), together)
+    present = count.clamp(min=1)
+    mean = _summed(x.sum((0, 1)), together) / present
+    centred = (x - mean) * real.unsqueeze(-1)
+    variance = _summed(centred.square().sum((0, 1)), together) / present
+    if norm.training and norm.running_mean is not None and norm.running_var is not None:
+        with torch.no_grad():
+            unbiased = variance * (present / (present - 1).clamp(min=1))
+            _follow(norm, norm.running_mean, mean, count)
+            _follow(norm, norm.running_var, unbiased, count)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+    return mean, variance
+
+
+def _follow(norm: nn.modules.batchnorm._BatchNorm, average: Tensor, value: Tensor, count: Tensor) -> None:
+    """Moves a running average towards this batch; a batch of padding alone leaves it as it is."""
+    tracked = norm.num_batches_tracked
+    momentum = norm.momentum if norm.momentum is not None else 1.0 / (tracked + 1 if tracked is not None else 1)
+    moved = average + momentum * (value.to(average.dtype) - average)
+    average.copy_(torch.where(count > 0, moved, average))
+
+
+def _summed(value: Tensor, together: bool) -> Tensor:
+    if not together:
+        return value
+    from torch.distributed.nn.functional import all_reduce
+
+    summed: Tensor = all_reduce(value)  # type: ignore[no-untyped-call]
+    return summed

@@ -1,0 +1,162 @@
+"""Typed inference states, and what people do with them.
+
+A state is a NamedTuple of tensors, batch on axis 0 of each, or a NamedTuple or tuple of such states. No call ever
+writes into one: an old state stays valid, so keeping it is branching from it. `torch.save` and
+`torch.load(weights_only=True)` know the types.
+
+Axis letters are those of `megablocks.functional`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+StateT = TypeVar("StateT")
+
+
+class EMAState(NamedTuple):
+    """The running averages of a causal EMA."""
+
+    hidden: Tensor
+    """The averages after the last real token, `(B, D, N)`, float32 or wider."""
+
+
+class TruncatedEMAState(NamedTuple):
+    """What a truncated causal EMA remembers: its last K inputs, oldest first, zeros before the first token."""
+
+    inputs: Tensor
+    """`(B, K, D)`, float32 or wider."""
+
+
+class ChunkKeys(NamedTuple):
+    """Keys and values of the chunk that is being filled, in tensors of fixed shape."""
+
+    keys: Tensor
+    """`(B, C, Z)`; slots from `length` on are zero."""
+    values: Tensor
+    """`(B, C, V)`."""
+    length: Tensor
+    """`(B,)`, int64: real tokens of each row in the current chunk, less than C."""
+
+
+class GrowingKeys(NamedTuple):
+    """Keys and values of everything so far; each call appends as many slots as it has tokens."""
+
+    keys: Tensor
+    """`(B, S, Z)`, real tokens first; slots from `length` on are zero."""
+    values: Tensor
+    """`(B, S, V)`."""
+    length: Tensor
+    """`(B,)`, int64: real tokens of each row."""
+
+
+class FixedKeys(NamedTuple):
+    """Keys and values of everything so far in tensors of fixed shape, for a decoding step compiled once."""
+
+    keys: Tensor
+    """`(B, capacity, Z)`, real tokens first; slots from `length` on are zero."""
+    values: Tensor
+    """`(B, capacity, V)`."""
+    length: Tensor
+    """`(B,)`, int64: real tokens of each row."""
+
+
+KeyState = ChunkKeys | GrowingKeys | FixedKeys
+
+
+class AttentionState(NamedTuple):
+    """State of a causal `MovingAverageGatedAttention`."""
+
+    ema: Any
+    """State of its EMA."""
+    keys: KeyState
+    """Keys and values that later tokens may attend to."""
+
+
+class CrossAttentionState(NamedTuple):
+    """State of a `GatedCrossAttention`: the memory, projected once, and where each row of queries stands."""
+
+    keys: Tensor
+    """`(B, M, Z)`, real tokens of the memory first."""
+    values: Tensor
+    """`(B, M, D)`."""
+    padding_mask: Tensor
+    """`(B, M)`, bool: the padding mask of the memory, in its own order."""
+    position: Tensor
+    """`(B,)`, int64: real query tokens seen so far."""
+
+
+class DecoderLayerState(NamedTuple):
+    """State of a `MegaDecoderLayer`."""
+
+    attention: Any
+    """State of its self-attention."""
+    cross_attention: CrossAttentionState | None
+    """State of its cross-attention, `None` where it has none."""
+
+
+class DecoderState(NamedTuple):
+    """State of a `MegaDecoder`, and of the models around one."""
+
+    layers: tuple[Any, ...]
+    """One state for each layer, first to last."""
+
+
+torch.serialization.add_safe_globals(
+    [
+        EMAState,
+        TruncatedEMAState,
+        ChunkKeys,
+        GrowingKeys,
+        FixedKeys,
+        AttentionState,
+        CrossAttentionState,
+        DecoderLayerState,
+        DecoderState,
+    ]
+)
+
+
+def _map(function: Callable[[Tensor], Tensor], state: StateT) -> StateT:
+    mapped: StateT = pytree.tree_map_only(Tensor, function, state)
+    return mapped
+
+
+def select_rows(state: StateT, rows: Tensor) -> StateT:
+    """Returns the state whose row `i` is row `rows[i]` of `state`.
+
+    Selecting, reordering for beam search and repeating rows are all this one operation.
+
+    Args:
+        state: Any state of this package.
+        rows: Row numbers, `(B',)`, int64, in any order, repeats allowed.
+    """
+    return _map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)), state)
+
+
+def detach(state: StateT) -> StateT:
+    """Returns the state cut off from the graph: truncated back-propagation through time."""
+    return _map(Tensor.detach, state)
+
+
+def to_device(state: StateT, device: torch.device | str) -> StateT:
+    """Returns the state on another device. Precision stays as it is: states are float32 on purpose."""
+    return _map(lambda tensor: tensor.to(device), state)
+
+
+def size_in_bytes(state: object) -> int:
+    """Returns the bytes that the state's tensors hold."""
+    return sum(leaf.nbytes for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor))
+
+
+def batch_size(state: object) -> int:
+    """Returns the number of rows of the state."""
+    leaves = [leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, Tensor)]
+    if not leaves:
+        raise ValueError(f"`state` must hold at least one tensor, but is {state!r}.")
+    return int(leaves[0].shape[0])
