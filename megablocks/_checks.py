@@ -63,13 +63,14 @@ def lookup(name: str, key: object, table: Mapping[str, T], *, others: str = "") 
     raise ValueError(f"`{name}` must be one of {known}{others}, but is {key!r}.")
 
 
-def check_input(name: str, x: object, width: int) -> None:
-    """Raises unless `x` is a floating-point tensor of shape `(B, L, width)` with `L >= 1`."""
+def check_input(name: str, x: object, width: int | None) -> None:
+    """Raises unless `x` is a floating-point tensor of shape `(B, L, width)` with `L >= 1`; `None` allows any width."""
+    shape = f"(batch, length, {'width' if width is None else width})"
     if not isinstance(x, Tensor):
-        raise TypeError(f"`{name}` must be a tensor of shape (batch, length, {width}), but is {type(x).__name__}.")
-    if x.dim() != 3 or x.shape[-1] != width:
+        raise TypeError(f"`{name}` must be a tensor of shape {shape}, but is {type(x).__name__}.")
+    if x.dim() != 3 or (width is not None and x.shape[-1] != width):
         raise ValueError(
-            f"`{name}` must have shape (batch, length, {width}), but has shape {tuple(x.shape)}; "
+            f"`{name}` must have shape {shape}, but has shape {tuple(x.shape)}; "
             "inputs are batch-first, with the features last."
         )
     if x.shape[1] == 0:

@@ -28,8 +28,9 @@ ACTIVATIONS: Mapping[str, Activation] = {
 }
 
 
+_OTHERS = ", or a callable"
+
+
 def activation_function(activation: str | Activation) -> Activation:
     """Returns the activation of a name; a callable is returned as it is."""
-    return (
-        activation if callable(activation) else lookup("activation", activation, ACTIVATIONS, others=", or a callable")
-    )
+    return activation if callable(activation) else lookup("activation", activation, ACTIVATIONS, others=_OTHERS)

@@ -136,10 +136,10 @@ def _scan(ends: Tensor, log_decay: Tensor, start: Tensor) -> Tensor:
     channels, batch, blocks, averages = ends.shape
     if blocks <= GROUP:
         decay = torch.exp(log_decay)
-        states = [start]
+        before = [start]
         for end in ends.unbind(2)[:-1]:
-            states.append(torch.addcmul(end, decay, states[-1]))
-        return torch.stack(states, dim=2)
+            before.append(torch.addcmul(end, decay, before[-1]))
+        return torch.stack(before, dim=2)
     groups = -(-blocks // GROUP)
     grouped = F.pad(ends, (0, 0, 0, groups * GROUP - blocks)).reshape(channels, batch * groups, GROUP, averages)
     local = _scan(grouped, log_decay, torch.zeros_like(grouped[:, :, 0]))

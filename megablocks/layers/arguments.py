@@ -36,9 +36,9 @@ def remembers_arguments(cls: type[ModuleT]) -> type[ModuleT]:
         if type(self) is cls:
             bound = signature.bind(self, *args, **kwargs)
             given = {name: value for name, value in bound.arguments.items() if name not in _NOT_REMEMBERED}
-            self._arguments = {name: PART if _is_part(value) else value for name, value in given.items()}
+            self.__dict__["_arguments"] = {name: PART if _is_part(value) else value for name, value in given.items()}
 
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__init__ = __init__  # type: ignore[assignment, method-assign]
     return cls
 
 

@@ -25,7 +25,7 @@ from megablocks.functional.attention import AttentionFunction, attend, attention
 from megablocks.functional.padding import real_lengths, zero_padding
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
-from megablocks.layers.gated_attention import bias_module, reset_linear
+from megablocks.layers.gated_attention import bias_module, reset_linear, reset_parts
 from megablocks.layers.norm import sequence_norm
 from megablocks.layers.trace import Trace, results
 from megablocks.state import CrossAttentionState
@@ -114,7 +114,7 @@ class GatedCrossAttention(nn.Module):
         self.prenorm = check_flag("prenorm", prenorm)
         self.attention = attention_function(attention)
         self.activation = activation_function(activation)
-        made_as = {"device": device, "dtype": dtype}
+        made_as: dict[str, Any] = {"device": device, "dtype": dtype}
         self.position_bias = bias_module(position_bias, qk_dim, **made_as)
         self.norm = sequence_norm(embed_dim, norm, device=device, dtype=dtype)
 
@@ -133,9 +133,7 @@ class GatedCrossAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all parameters anew: normal with standard deviation 0.02, biases zero; bias and norm have their own."""
         reset_linear(self.k_proj, self.v_proj, self.q_proj, self.h_proj)
-        for part in (self.position_bias, getattr(self.norm, "norm", None)):
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
+        reset_parts(self.position_bias, self.norm)
 
     def init_state(self, memory: Tensor, padding_mask: Tensor | None = None) -> CrossAttentionState:
         """Projects a memory once, for every later call.
@@ -290,13 +288,11 @@ class GatedCrossAttention(nn.Module):
         __call__ = forward
 
 
-def check_one_memory(memory: Tensor | None, memory_padding_mask: Tensor | None, state: object) -> None:
+def check_one_memory(memory: object, mask: object, state: object, *, name: str = "memory") -> None:
     """Raises unless exactly one of memory and state is given, the mask going with the memory."""
-    if state is not None and (memory is not None or memory_padding_mask is not None):
+    if state is not None and (memory is not None or mask is not None):
         raise ValueError(
-            "A call takes a memory or a state, but got both; the state holds the memory and its mask since `init_state`."
+            f"A call takes a {name} or a state, but got both; the state holds the {name} since `init_state`."
         )
     if state is None and memory is None:
-        raise ValueError(
-            "Cross-attention needs `memory`, (batch, memory length, width), or a `state`, but got neither."
-        )
+        raise ValueError(f"A call with cross-attention needs a `{name}` or a `state`, but got neither.")

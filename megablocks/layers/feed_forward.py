@@ -13,7 +13,7 @@ from megablocks.functional.activation import activation_function
 from megablocks.functional.padding import zero_padding
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
-from megablocks.layers.gated_attention import reset_linear
+from megablocks.layers.gated_attention import reset_linear, reset_parts
 from megablocks.layers.norm import sequence_norm
 
 
@@ -83,9 +83,7 @@ class NormalizedFFN(nn.Module):
     def reset_parameters(self) -> None:
         """Draws weights from a normal distribution with standard deviation 0.02 and sets biases to zero."""
         reset_linear(self.fc1, self.fc2)
-        norm = getattr(self.norm, "norm", None)
-        if hasattr(norm, "reset_parameters"):
-            norm.reset_parameters()
+        reset_parts(self.norm)
 
     def forward(self, x: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
         """Returns the layer's output."""

@@ -139,7 +139,7 @@ class MovingAverageGatedAttention(nn.Module):
         self.prenorm = check_flag("prenorm", prenorm)
         self.attention = attention_function(attention)
         self.activation = activation_function(activation)
-        made_as = {"device": device, "dtype": dtype}
+        made_as: dict[str, Any] = {"device": device, "dtype": dtype}
         self.ema = (
             ema
             if isinstance(ema, nn.Module)
@@ -166,9 +166,7 @@ class MovingAverageGatedAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all parameters anew: normal with standard deviation 0.02, biases zero; the parts have their own way."""
         self._reset_own_parameters()
-        for part in (self.ema, self.position_bias, getattr(self.norm, "norm", None)):
-            if hasattr(part, "reset_parameters"):
-                part.reset_parameters()
+        reset_parts(self.ema, self.position_bias, self.norm)
 
     def _reset_own_parameters(self) -> None:
         reset_linear(self.v_proj, self.mx_proj, self.h_proj)
@@ -195,8 +193,9 @@ class MovingAverageGatedAttention(nn.Module):
         keys = self.qk_weight.new_zeros(batch_size, slots, self.qk_dim)
         values = self.qk_weight.new_zeros(batch_size, slots, self.value_dim)
         length = torch.zeros(batch_size, dtype=torch.int64, device=keys.device)
+        ema_state = self.ema.init_state(batch_size)  # type: ignore[operator]
         kind = ChunkKeys if chunk_size else FixedKeys if capacity else GrowingKeys
-        return AttentionState(self.ema.init_state(batch_size), kind(keys, values, length))
+        return AttentionState(ema_state, kind(keys, values, length))
 
     @overload
     def forward(
@@ -241,7 +240,11 @@ class MovingAverageGatedAttention(nn.Module):
         update, shared, reset, candidate = moved.split(self._split, dim=-1)
         q, k = (F.silu(shared).unsqueeze(-2) * self.qk_weight + self.qk_bias).unbind(-2)
 
-        options = {"bias": self.position_bias, "padding_mask": padding_mask, "dropout": self.attention_dropout}
+        options: dict[str, Any] = {
+            "bias": self.position_bias,
+            "padding_mask": padding_mask,
+            "dropout": self.attention_dropout,
+        }
         new_state = None
         if state is None:
             out, weights = chunked_attention(
@@ -328,6 +331,14 @@ def reset_linear(*layers: nn.Linear) -> None:
             nn.init.zeros_(layer.bias)
 
 
+def reset_parts(*parts: nn.Module | None) -> None:
+    """Calls `reset_parameters` of every part that has it."""
+    for part in parts:
+        reset = getattr(part, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+
 def refuse_future(module: nn.Module) -> None:
     """Raises if anything in a causal module would show it the future."""
     for name, part in module.named_modules():
@@ -335,6 +346,11 @@ def refuse_future(module: nn.Module) -> None:
         if isinstance(part, MultiDimensionDampedEMA) and not part.causal:
             raise ValueError(
                 f"A causal layer needs an average that looks back only, but {where} is bidirectional; "
+                "make it with causal=True."
+            )
+        if isinstance(part, MovingAverageGatedAttention) and not part.causal:
+            raise ValueError(
+                f"A causal stack needs attention that looks back only, but {where} has causal=False; "
                 "make it with causal=True."
             )
         if isinstance(part, nn.modules.batchnorm._BatchNorm):

@@ -52,6 +52,11 @@ class ScaleNorm(nn.Module):
         scale = torch.ones(1, device=device, dtype=dtype)
         self.register_parameter("weight", nn.Parameter(scale) if check_flag("affine", affine) else None)
 
+    def reset_parameters(self) -> None:
+        """Sets the scale to one."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalised tokens."""
         return _root_mean_square_norm(x, self.weight, self.eps)
@@ -103,6 +108,11 @@ class RMSNorm(nn.Module):
         self.eps = eps
         scale = torch.ones(embed_dim, device=device, dtype=dtype)
         self.register_parameter("weight", nn.Parameter(scale) if check_flag("affine", affine) else None)
+
+    def reset_parameters(self) -> None:
+        """Sets the scale to one."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalised tokens."""
@@ -171,6 +181,12 @@ class SequenceNorm(nn.Module):
         """Whether a token's result depends on other tokens, as with batch statistics."""
         return isinstance(self.norm, nn.modules.batchnorm._BatchNorm)
 
+    def reset_parameters(self) -> None:
+        """Sets scales to one, shifts to zero and running averages back, as far as the norm has them."""
+        reset = getattr(self.norm, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
     def forward(self, x: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
         """Returns the normalised tokens."""
         check_input("x", x, self.embed_dim)
@@ -216,7 +232,7 @@ def _named_norm(
         "batchnorm": lambda: nn.BatchNorm1d(embed_dim, eps=eps, affine=affine, device=device, dtype=dtype),
         "syncbatchnorm": lambda: nn.SyncBatchNorm(embed_dim, eps=eps, affine=affine, device=device, dtype=dtype),
     }
-    made: nn.Module = lookup("norm", name, makers, others=", a module or None")()
+    made: nn.Module = lookup("norm", name, makers, others=", a module or None")()  # type: ignore[no-untyped-call]
     return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Trace(NamedTuple):
@@ -13,12 +13,25 @@ class Trace(NamedTuple):
     hidden_states: tuple[Tensor, ...] = ()
     """The input of the first layer and the output of each, `(B, L, D)`; empty for a single layer."""
     attention_weights: tuple[Tensor, ...] = ()
-    """For each self-attention `(B, 1, L, L)`, or `(B, K, C, C)` in chunks of real tokens; over a state `(B, 1, L, S)`."""
+    """Per self-attention `(B, 1, L, L)`, `(B, K, C, C)` in chunks of real tokens; `(B, 1, L, S)` over a state."""
     cross_attention_weights: tuple[Tensor, ...] = ()
-    """For each cross-attention `(B, L, M)`."""
+    """Per cross-attention `(B, L, M)`."""
 
 
 def results(y: Tensor, trace: Trace | None, state: Any) -> Any:
     """Returns `y`, `(y, trace)`, `(y, state)` or `(y, trace, state)`, whichever are there."""
     extras = tuple(extra for extra in (trace, state) if extra is not None)
     return (y, *extras) if extras else y
+
+
+def call_for(layer: nn.Module, x: Tensor, state: Any, trace: bool, **given: Any) -> tuple[Tensor, Any, Any]:
+    """Calls a layer and returns output, trace and state, `None` for what was not asked for: `results` undone."""
+    if state is not None:
+        given["state"] = state
+    if trace:
+        given["trace"] = True
+    returned = layer(x, **given)
+    if state is None and not trace:
+        return returned, None, None
+    y, *extras = returned
+    return y, extras[0] if trace else None, extras[-1] if state is not None else None

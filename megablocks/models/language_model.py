@@ -1,0 +1,172 @@
+"""The language model: a causal decoder between an embedding and logits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from megablocks._checks import check_flag, check_size
+from megablocks.functional.padding import zero_padding
+from megablocks.layers import Trace
+from megablocks.layers.arguments import remembers_arguments
+from megablocks.layers.trace import call_for, results
+from megablocks.models.embedding import TokenEmbedding, created_on, last_real_position, vocabulary_output
+from megablocks.stacks import MegaDecoder
+from megablocks.stacks.stack import set_chunk_size
+from megablocks.state import DecoderState
+
+
+@remembers_arguments
+class MegaLanguageModel(nn.Module):
+    r"""Predicts the next token: embedding, causal decoder, logits.
+
+    Args:
+        decoder: A `MegaDecoder` without cross-attention.
+        vocab_size: Number of tokens.
+        input_dim: Width of the embedding table, projected to the decoder's; `None` for the decoder's.
+        scale_embedding: Whether to multiply embeddings by the square root of the model width.
+        embedding_norm: Name of a norm, or a module, behind the embedding; `None` for none.
+        embedding_dropout: Probability of dropout on the embedded tokens.
+        tie_output: Whether the output shares the embedding's weights.
+        embedding: A module of your own, called as `embedding(tokens, padding_mask=...)`, in place of the options above.
+        output: A module of your own from `(B, L, D)` to `(B, L, vocab)`, in place of the linear map without bias.
+        device: Where to create the parameters besides the decoder's.
+        dtype: Their dtype.
+
+    Shape:
+        - `tokens`: $(B, L)$, int64 or int32; `padding_mask`: $(B, L)$, bool, `True` at padding.
+        - output: logits $(B, L, \text{vocab})$, zeros at padding; with `last_only=True` those of each row's last
+          real token alone, $(B, 1, \text{vocab})$; with a state `(logits, new_state)`; with `trace=True` a `Trace`
+          stands second.
+
+    Raises:
+        ValueError: If a token is outside the vocabulary, or weights cannot be shared.
+        TypeError: If tokens are not integers, or `padding_mask` is not bool.
+
+    Example:
+        >>> model = MegaLanguageModel(mega_decoder(2, 32, qk_dim=16, chunk_size=8), vocab_size=256).eval()
+        >>> tokens = torch.tensor([list(b"To be, or not to be")])
+        >>> logits = model(tokens)
+        >>> state = model.init_state(1)
+        >>> first, state = model(tokens[:, :5], state=state)
+        >>> rest, state = model(tokens[:, 5:], state=state)
+        >>> torch.testing.assert_close(torch.cat([first, rest], dim=1), logits)
+
+    References:
+        Ma et al., sections 3.3 and 4.3, [arXiv:2209.10655](https://arxiv.org/abs/2209.10655).
+    """
+
+    def __init__(
+        self,
+        decoder: MegaDecoder,
+        vocab_size: int,
+        *,
+        input_dim: int | None = None,
+        scale_embedding: bool = True,
+        embedding_norm: str | nn.Module | None = None,
+        embedding_dropout: float = 0.0,
+        tie_output: bool = True,
+        embedding: nn.Module | None = None,
+        output: nn.Module | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if getattr(decoder, "takes_memory", False):
+            raise ValueError(
+                "A MegaLanguageModel needs a decoder without cross-attention, but this one attends to a memory; "
+                "use MegaSeq2Seq."
+            )
+        check_flag("tie_output", tie_output)
+        self.vocab_size = check_size("vocab_size", vocab_size)
+        with created_on(device):
+            if embedding is None:
+                embedding = TokenEmbedding(
+                    vocab_size,
+                    decoder.embed_dim,
+                    input_dim=input_dim,
+                    scale=scale_embedding,
+                    norm=embedding_norm,
+                    dropout=embedding_dropout,
+                )
+            if output is None:
+                output = vocabulary_output(decoder.embed_dim, vocab_size, embedding if tie_output else None)
+        self.embedding = embedding.to(dtype=dtype)
+        self.decoder = decoder
+        self.output = output.to(dtype=dtype)
+
+    def init_state(self, batch_size: int, *, capacity: int | None = None) -> DecoderState:
+        """Returns the state before the first token; see `MegaDecoder.init_state` for `capacity`."""
+        return self.decoder.init_state(batch_size, capacity=capacity)
+
+    def set_chunk_size(self, chunk_size: int | None) -> None:
+        """Sets the chunk length of every layer that has one; `None` for no chunks. States stay with theirs."""
+        set_chunk_size(self, chunk_size)
+
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: None = None,
+        last_only: bool = False,
+        trace: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: None = None,
+        last_only: bool = False,
+        trace: Literal[True],
+    ) -> tuple[Tensor, Trace]: ...
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: DecoderState,
+        last_only: bool = False,
+        trace: Literal[False] = False,
+    ) -> tuple[Tensor, DecoderState]: ...
+    @overload
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: DecoderState,
+        last_only: bool = False,
+        trace: Literal[True],
+    ) -> tuple[Tensor, Trace, DecoderState]: ...
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: DecoderState | None = None,
+        last_only: bool = False,
+        trace: bool = False,
+    ) -> Any:
+        """Returns the logits; see the class for what `state`, `last_only` and `trace` change."""
+        x = self.embedding(tokens, padding_mask=padding_mask)
+        x, seen, new_state = call_for(self.decoder, x, state, trace, padding_mask=padding_mask)
+        logits = output_logits(self.output, x, padding_mask, last_only)
+        return results(logits, seen, new_state)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+def output_logits(output: nn.Module, x: Tensor, padding_mask: Tensor | None, last_only: bool) -> Tensor:
+    """Maps the decoder's output to logits, of all positions or of the last real one of each row."""
+    if last_only:
+        logits: Tensor = output(last_real_position(x, padding_mask))
+        return logits if padding_mask is None else zero_padding(logits, padding_mask.all(1, keepdim=True))
+    return zero_padding(output(x), padding_mask)

@@ -1,0 +1,13 @@
+"""Stacks: the order of layers, their residuals and states. They know no vocabulary."""
+
+from megablocks.stacks.decoder import MegaDecoder, MegaDecoderLayer, mega_decoder
+from megablocks.stacks.encoder import MegaEncoder, MegaEncoderLayer, mega_encoder
+
+__all__ = [
+    "MegaDecoder",
+    "MegaDecoderLayer",
+    "MegaEncoder",
+    "MegaEncoderLayer",
+    "mega_decoder",
+    "mega_encoder",
+]

@@ -1,0 +1,375 @@
+"""Decoder layers and stacks: tokens see what came before them, and a memory where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from megablocks._checks import check_input, check_padding_mask, check_size, check_state
+from megablocks.functional.padding import zero_padding
+from megablocks.layers import Trace
+from megablocks.layers.arguments import remembers_arguments
+from megablocks.layers.cross_attention import check_one_memory
+from megablocks.layers.gated_attention import refuse_future
+from megablocks.layers.trace import call_for, results
+from megablocks.stacks.options import LayerOptions, Parts
+from megablocks.stacks.stack import Stack, merged_trace
+from megablocks.state import DecoderLayerState, DecoderState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@remembers_arguments
+class MegaDecoderLayer(nn.Module):
+    """Puts cross-attention and a feed-forward layer, where given, behind a causal self-attention layer.
+
+    Args:
+        attention: A causal `MovingAverageGatedAttention`, or a module called like one.
+        cross_attention: A `GatedCrossAttention`, or a module called like one; `None` for none.
+        feed_forward: A `NormalizedFFN`, or a module called like one; `None` for none.
+
+    Shape:
+        - `x`: $(B, L, D)$; `memory`: $(B, M, D)$, required with cross-attention and without a state.
+        - `padding_mask`: $(B, L)$; `memory_padding_mask`: $(B, M)$; bool, `True` at padding.
+        - output: $(B, L, D)$, zeros at padding; with a state `(output, new_state)`; with `trace=True` a `Trace` stands
+          second.
+
+    Raises:
+        ValueError: If a part would see the future (bidirectional averages or attention, batch statistics), or if a
+            memory is missing, superfluous, or given together with a state.
+
+    Example:
+        >>> layer = MegaDecoderLayer(MovingAverageGatedAttention(32, 16), GatedCrossAttention(32, 16)).eval()
+        >>> x, memory = torch.randn(2, 5, 32), torch.randn(2, 9, 32)
+        >>> whole = layer(x, memory)
+        >>> state = layer.init_state(2, memory)
+        >>> first, state = layer(x[:, :2], state=state)
+        >>> rest, state = layer(x[:, 2:], state=state)
+        >>> torch.testing.assert_close(torch.cat([first, rest], dim=1), whole)
+
+    References:
+        Ma et al., section 3.3, [arXiv:2209.10655](https://arxiv.org/abs/2209.10655).
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        cross_attention: nn.Module | None = None,
+        feed_forward: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.cross_attention = cross_attention
+        self.feed_forward = feed_forward
+        refuse_future(self)
+
+    @property
+    def embed_dim(self) -> int:
+        """Model width $D$, that of the attention layer."""
+        width: int = self.attention.embed_dim  # type: ignore[assignment]
+        return width
+
+    @property
+    def takes_memory(self) -> bool:
+        """Whether the layer attends to a memory."""
+        return self.cross_attention is not None
+
+    def init_state(
+        self,
+        batch_size: int,
+        memory: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
+        *,
+        capacity: int | None = None,
+    ) -> DecoderLayerState:
+        """Returns the state before the first token; see `MegaDecoder.init_state`."""
+        self._check_memory(memory)
+        attention = self.attention.init_state(batch_size, capacity=capacity)  # type: ignore[operator]
+        cross = None
+        if self.cross_attention is not None:
+            cross = self.cross_attention.init_state(memory, memory_padding_mask)  # type: ignore[operator]
+        return DecoderLayerState(attention, cross)
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
+        state: None = None,
+        trace: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
+        state: None = None,
+        trace: Literal[True],
+    ) -> tuple[Tensor, Trace]: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: DecoderLayerState,
+        trace: Literal[False] = False,
+    ) -> tuple[Tensor, DecoderLayerState]: ...
+    @overload
+    def forward(
+        self, x: Tensor, *, padding_mask: Tensor | None = None, state: DecoderLayerState, trace: Literal[True]
+    ) -> tuple[Tensor, Trace, DecoderLayerState]: ...
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
+        state: DecoderLayerState | None = None,
+        trace: bool = False,
+    ) -> Any:
+        """Returns the layer's output; see the class for what `state` and `trace` add."""
+        if state is None:
+            self._check_memory(memory)
+        else:
+            check_one_memory(memory, memory_padding_mask, state)
+            check_state(state, DecoderLayerState, "MegaDecoderLayer")
+        inner, cross = (None, None) if state is None else state
+        x, seen, inner = call_for(self.attention, x, inner, trace, padding_mask=padding_mask)
+        traces = [seen]
+        if self.cross_attention is not None:
+            given = {} if state is not None else {"memory": memory, "memory_padding_mask": memory_padding_mask}
+            x, seen, cross = call_for(self.cross_attention, x, cross, trace, padding_mask=padding_mask, **given)
+            traces.append(seen)
+        if self.feed_forward is not None:
+            x = self.feed_forward(x, padding_mask=padding_mask)
+        new_state = None if state is None else DecoderLayerState(inner, cross)
+        return results(x, merged_trace([], traces) if trace else None, new_state)
+
+    def _check_memory(self, memory: Tensor | None) -> None:
+        if self.cross_attention is not None:
+            check_one_memory(memory, None, None)
+        elif memory is not None:
+            raise ValueError(
+                "This MegaDecoderLayer has no cross-attention, but got a `memory`; "
+                "make it with `cross_attention=GatedCrossAttention(...)`, or leave the memory out."
+            )
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+@remembers_arguments
+class MegaDecoder(Stack):
+    """Runs a sequence through a list of causal layers, whole or piece by piece.
+
+    Args:
+        layers: Modules called as `layer(x, padding_mask=...)`, with `state=...` when streaming, first to last:
+            `MegaDecoderLayer`s, bare causal `MovingAverageGatedAttention`s, your own. A layer with a true attribute
+            `takes_memory` is also given `memory` and `memory_padding_mask`. To stream, each must have
+            `init_state(batch_size, capacity=...)`.
+        final_norm: Name of a norm, or a module, applied after the last layer, as pre-norm layers need; `None` for none.
+        layer_drop: Probability that a layer is skipped, for the whole batch, in training.
+        checkpoint: Whether layers are computed again in the backward pass instead of keeping their activations.
+
+    Shape:
+        - `x`: $(B, L, D)$; `memory`: $(B, M, D)$.
+        - `padding_mask`: $(B, L)$; `memory_padding_mask`: $(B, M)$; bool, `True` at padding.
+        - output: $(B, L, D)$, zeros at padding; with a state `(output, new_state)`; with `trace=True` a `Trace` stands
+          second: its `hidden_states` hold the input and the output of each layer, the last before the final norm.
+
+    Raises:
+        ValueError: If there is no layer, if a layer would see the future (bidirectional averages or attention, batch
+            statistics), if a memory is missing, superfluous, or given together with a state.
+        TypeError: If something in `layers` is not a module, or a mask is not bool.
+
+    Example:
+        >>> decoder = MegaDecoder([MovingAverageGatedAttention(32, 16, chunk_size=4) for _ in range(2)]).eval()
+        >>> x = torch.randn(2, 10, 32)
+        >>> state = decoder.init_state(2)
+        >>> first, state = decoder(x[:, :7], state=state)
+        >>> rest, state = decoder(x[:, 7:], state=state)
+        >>> torch.testing.assert_close(torch.cat([first, rest], dim=1), decoder(x))
+
+    References:
+        Ma et al., section 3.3, [arXiv:2209.10655](https://arxiv.org/abs/2209.10655).
+    """
+
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        *,
+        final_norm: str | nn.Module | None = None,
+        layer_drop: float = 0.0,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__(layers, final_norm, layer_drop, checkpoint)
+        refuse_future(self)
+
+    @property
+    def takes_memory(self) -> bool:
+        """Whether any layer attends to a memory."""
+        return any(_takes_memory(layer) for layer in self.layers)
+
+    def init_state(
+        self,
+        batch_size: int,
+        memory: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
+        *,
+        capacity: int | None = None,
+    ) -> DecoderState:
+        """Returns the state before the first token; each cross-attention projects the memory here, once.
+
+        Args:
+            batch_size: $B$.
+            memory: $(B, M, D)$, if the layers attend to one.
+            memory_padding_mask: $(B, M)$, bool, `True` at padding.
+            capacity: Without chunks, the most tokens that the state will ever hold, in tensors of fixed shape;
+                `None` for keys that grow with every call.
+        """
+        self._check_memory(memory)
+        states = []
+        for layer in self.layers:
+            given = (memory, memory_padding_mask) if _takes_memory(layer) else ()
+            states.append(layer.init_state(batch_size, *given, capacity=capacity))  # type: ignore[operator]
+        return DecoderState(tuple(states))
+
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
+        state: None = None,
+        trace: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
+        state: None = None,
+        trace: Literal[True],
+    ) -> tuple[Tensor, Trace]: ...
+    @overload
+    def forward(
+        self, x: Tensor, *, padding_mask: Tensor | None = None, state: DecoderState, trace: Literal[False] = False
+    ) -> tuple[Tensor, DecoderState]: ...
+    @overload
+    def forward(
+        self, x: Tensor, *, padding_mask: Tensor | None = None, state: DecoderState, trace: Literal[True]
+    ) -> tuple[Tensor, Trace, DecoderState]: ...
+    def forward(
+        self,
+        x: Tensor,
+        memory: Tensor | None = None,
+        *,
+        padding_mask: Tensor | None = None,
+        memory_padding_mask: Tensor | None = None,
+        state: DecoderState | None = None,
+        trace: bool = False,
+    ) -> Any:
+        """Returns the decoded sequence; see the class for what `state` and `trace` add."""
+        check_input("x", x, self._width)
+        check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
+        if state is None:
+            self._check_memory(memory)
+        else:
+            check_one_memory(memory, memory_padding_mask, state)
+            check_state(state, DecoderState, "MegaDecoder")
+            if len(state.layers) != len(self.layers):
+                raise ValueError(
+                    f"`state` must hold one state for each of {len(self.layers)} layers, but holds "
+                    f"{len(state.layers)}; it was made by another stack."
+                )
+        hidden_states: list[Tensor] | None = [] if trace else None
+
+        def call(layer: nn.Module, index: int, x: Tensor) -> tuple[Any, ...]:
+            given: dict[str, Any] = {"padding_mask": padding_mask}
+            if state is None and _takes_memory(layer):
+                given |= {"memory": memory, "memory_padding_mask": memory_padding_mask}
+            return call_for(layer, x, None if state is None else state.layers[index], trace, **given)
+
+        x, extras = self._through(zero_padding(x, padding_mask), call, hidden_states)
+        x = self._finished(x, padding_mask)
+        seen = None if hidden_states is None else merged_trace(hidden_states, [seen for seen, _ in extras])
+        new_state = None if state is None else DecoderState(tuple(after for _, after in extras))
+        return results(x, seen, new_state)
+
+    def _check_memory(self, memory: Tensor | None) -> None:
+        if self.takes_memory:
+            check_one_memory(memory, None, None)
+        elif memory is not None:
+            raise ValueError(
+                "This MegaDecoder has no cross-attention, but got a `memory`; "
+                "make its layers with `cross_attention=GatedCrossAttention(...)`, or leave the memory out."
+            )
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+
+def mega_decoder(
+    num_layers: int,
+    embed_dim: int,
+    *,
+    cross_attention: bool = False,
+    layer_drop: float = 0.0,
+    checkpoint: bool = False,
+    final_norm_affine: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Unpack[LayerOptions],
+) -> MegaDecoder:
+    """Builds a causal decoder of equal layers from sizes, with a final norm if its layers are pre-norm.
+
+    Args:
+        num_layers: Number of layers.
+        embed_dim: Model width $D$.
+        cross_attention: Whether each layer attends to a memory.
+        layer_drop: Probability that a layer is skipped in training.
+        checkpoint: Whether to compute activations again in the backward pass.
+        final_norm_affine: Whether the final norm learns scale and shift.
+        device: Where to create the parameters.
+        dtype: Parameter dtype.
+        **options: What each layer is like, see `megablocks.stacks.options.LayerOptions`; `qk_dim` is required.
+
+    Example:
+        >>> decoder = mega_decoder(2, 32, qk_dim=16, ffn_dim=64, chunk_size=128)
+        >>> decoder(torch.randn(2, 10, 32)).shape
+        torch.Size([2, 10, 32])
+    """
+    check_size("num_layers", num_layers)
+    parts = Parts(embed_dim, True, **options)
+    with nullcontext() if device is None else torch.device(device):
+        layers = [
+            MegaDecoderLayer(
+                parts.self_attention(), parts.cross_attention() if cross_attention else None, parts.feed_forward()
+            )
+            for _ in range(num_layers)
+        ]
+        norm = parts.final_norm(affine=final_norm_affine)
+        decoder = MegaDecoder(layers, final_norm=norm, layer_drop=layer_drop, checkpoint=checkpoint)
+    return decoder if dtype is None else decoder.to(dtype)
+
+
+def _takes_memory(layer: nn.Module) -> bool:
+    return bool(getattr(layer, "takes_memory", False))
