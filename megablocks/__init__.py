@@ -18,7 +18,9 @@ from megablocks.models import (
     MegaClassifier,
     MegaLanguageModel,
     MegaSeq2Seq,
+    load,
     preset,
+    save,
 )
 from megablocks.stacks import (
     MegaDecoder,
@@ -50,8 +52,10 @@ __all__ = [
     "Trace",
     "damped_ema",
     "ema_backend",
+    "load",
     "mega_decoder",
     "mega_encoder",
     "preset",
+    "save",
     "state",
 ]

@@ -14,6 +14,10 @@ _NOT_REMEMBERED = ("self", "device", "dtype")
 """Where a module lives is the business of whoever loads it; its precision is read off its tensors."""
 
 
+REMEMBERING: dict[str, type[nn.Module]] = {}
+"""Every class that remembers its arguments, by name."""
+
+
 class Part:
     """Stands for an argument that is a module, or modules: the attribute of the same name holds it."""
 
@@ -36,8 +40,11 @@ def remembers_arguments(cls: type[ModuleT]) -> type[ModuleT]:
         if type(self) is cls:
             bound = signature.bind(self, *args, **kwargs)
             given = {name: value for name, value in bound.arguments.items() if name not in _NOT_REMEMBERED}
-            self.__dict__["_arguments"] = {name: PART if _is_part(value) else value for name, value in given.items()}
+            self.__dict__["_arguments"] = {
+                name: value if _is_plain(value) or not _is_module(self, name) else PART for name, value in given.items()
+            }
 
+    REMEMBERING[cls.__name__] = cls
     cls.__init__ = __init__  # type: ignore[assignment, method-assign]
     return cls
 
@@ -60,7 +67,9 @@ def arguments(module: nn.Module) -> dict[str, Any]:
     return current
 
 
-def _is_part(value: object) -> bool:
-    return isinstance(value, nn.Module) or (
-        isinstance(value, (list, tuple)) and any(isinstance(item, nn.Module) for item in value)
-    )
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _is_module(owner: nn.Module, name: str) -> bool:
+    return isinstance(getattr(owner, name, None), nn.Module)

@@ -4,6 +4,7 @@ from megablocks.models.classifier import ContinuousEmbedding, MegaClassifier
 from megablocks.models.embedding import TokenEmbedding
 from megablocks.models.language_model import MegaLanguageModel
 from megablocks.models.presets import PRESETS, preset
+from megablocks.models.saving import load, save
 from megablocks.models.seq2seq import MegaSeq2Seq
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "MegaLanguageModel",
     "MegaSeq2Seq",
     "TokenEmbedding",
+    "load",
     "preset",
+    "save",
 ]
