@@ -41,8 +41,10 @@ def blocked(
     batch, length, channels = x.shape
     size = min(BLOCK, length)
     blocks = -(-length // size)
-    # (D, B, J, T): channels outermost, because each multiplies by matrices of its own.
-    cut = F.pad(x, (0, 0, 0, blocks * size - length)).permute(2, 0, 1).reshape(channels, batch, blocks, size)
+    # (D, B, J, T): channels outermost, because each multiplies by matrices of its own. Made contiguous in one go: the
+    # products would otherwise copy it channel by channel.
+    padded = F.pad(x, (0, 0, 0, blocks * size - length))
+    cut = padded.permute(2, 0, 1).contiguous().view(channels, batch, blocks, size)
 
     matrices = _matrices(forward, size, blocks, truncation)
     inside = matrices.inside
@@ -56,10 +58,29 @@ def blocked(
     y = torch.bmm(cut.flatten(1, 2), inside)
     for operand, matrix in terms:
         y = torch.baddbmm(y, operand.flatten(1, 2), matrix)
+    y = _ContiguousGradient.apply(y)  # type: ignore[no-untyped-call]
     y = y.view(channels, batch, blocks * size)[..., :length].permute(1, 2, 0)
     if not final or states is None:
         return y, None
     return y, _final_state(cut, forward, matrices.enter, states, lengths, length)
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """Passes a tensor on and makes its gradient contiguous, for the same reason as `cut`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        return None
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return gradient.contiguous()
 
 
 class _Matrices(NamedTuple):
@@ -100,7 +121,7 @@ def _toeplitz(coefficients: EMACoefficients, size: int, blocks_back: int, trunca
     seen = lags >= 0 if truncation is None else (lags >= 0) & (lags < truncation)
     powers = torch.exp(log_q.unsqueeze(-1) * lags.clamp(min=0))
     kernel = torch.einsum("dn,dnl->dl", b * g, powers).masked_fill(~seen, 0.0)
-    return kernel.unfold(-1, size, 1).flip(1)
+    return kernel.unfold(-1, size, 1).flip(1).contiguous()
 
 
 def _from_other_blocks(
