@@ -211,7 +211,7 @@ def _truncated_segment(
     kernel = _choose(backend, extended.shape[1], truncation)
     y, _ = kernel(extended, forward, truncation=truncation)
     if lengths is None:
-        last = extended[:, -remembered:]
+        last = extended[:, -remembered:].contiguous()
     else:
         index = lengths.unsqueeze(-1) + torch.arange(remembered, device=inputs.device)
         last = extended.gather(1, index.unsqueeze(-1).expand(-1, -1, inputs.shape[-1]))

@@ -126,8 +126,8 @@ class GatedCrossAttention(nn.Module):
         self.h_proj = nn.Linear(embed_dim, embed_dim, **made_as)
 
         self.dropout = SequenceDropout(dropout, channels=feature_dropout)
-        self.hidden_dropout = SequenceDropout(hidden_dropout, channels=feature_dropout)
-        self.attention_dropout = SequenceDropout(attention_dropout)
+        self.hidden_dropout = SequenceDropout(hidden_dropout, channels=feature_dropout, name="hidden_dropout")
+        self.attention_dropout = SequenceDropout(attention_dropout, name="attention_dropout")
         reset_linear(self.k_proj, self.v_proj, self.q_proj, self.h_proj)
 
     def reset_parameters(self) -> None:

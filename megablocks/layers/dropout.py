@@ -14,15 +14,16 @@ class SequenceDropout(nn.Module):
     Args:
         p: Probability of zero, in [0, 1).
         channels: If `True`, one draw serves a channel of a row at all its positions (feature dropout).
+        name: What the argument that `p` comes from is called, for errors.
 
     Shape:
         - `x`: $(B, L, D)$; output: the same.
     """
 
-    def __init__(self, p: float, *, channels: bool = False) -> None:
+    def __init__(self, p: float, *, channels: bool = False, name: str = "dropout") -> None:
         super().__init__()
-        self.p = check_probability("p", p)
-        self.channels = check_flag("channels", channels)
+        self.p = check_probability(name, p)
+        self.channels = check_flag("feature_dropout", channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns `x` with values, or channels, dropped."""

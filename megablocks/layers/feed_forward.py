@@ -77,7 +77,7 @@ class NormalizedFFN(nn.Module):
         self.fc1 = nn.Linear(embed_dim, ffn_dim, device=device, dtype=dtype)
         self.fc2 = nn.Linear(ffn_dim, embed_dim, device=device, dtype=dtype)
         self.dropout = SequenceDropout(dropout, channels=feature_dropout)
-        self.hidden_dropout = SequenceDropout(hidden_dropout, channels=feature_dropout)
+        self.hidden_dropout = SequenceDropout(hidden_dropout, channels=feature_dropout, name="hidden_dropout")
         reset_linear(self.fc1, self.fc2)
 
     def reset_parameters(self) -> None:

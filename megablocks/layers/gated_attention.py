@@ -159,8 +159,8 @@ class MovingAverageGatedAttention(nn.Module):
         self.qk_bias = nn.Parameter(torch.empty(2, qk_dim, **made_as))
 
         self.dropout = SequenceDropout(dropout, channels=feature_dropout)
-        self.hidden_dropout = SequenceDropout(hidden_dropout, channels=feature_dropout)
-        self.attention_dropout = SequenceDropout(attention_dropout)
+        self.hidden_dropout = SequenceDropout(hidden_dropout, channels=feature_dropout, name="hidden_dropout")
+        self.attention_dropout = SequenceDropout(attention_dropout, name="attention_dropout")
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
