@@ -1,0 +1,186 @@
+"""Every block under every law that applies to it, over every option."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import Phase, example, given, settings
+
+import laws
+from laws import BLOCKS, Block
+from megablocks.functional import ema_backend
+from strategies import TOKENWISE_NORMS, Case, cases
+
+
+def under(applies: Callable[[Block], bool] = lambda block: True) -> pytest.MarkDecorator:
+    """The blocks that a law is for."""
+    return pytest.mark.parametrize("block", [block for block in BLOCKS if applies(block)], ids=repr)
+
+
+def hold(law: Callable[..., None], block: Block, case: Case, *extra: object) -> None:
+    """Holds a block to a law, its averages computed by the case's backend."""
+    with ema_backend(case.backend):
+        law(block, case, *extra)
+
+
+@under(lambda block: block.sequence and block.causal)
+@given(case=cases(causal=True))
+def test_causal(block, case):
+    hold(laws.causal, block, case)
+
+
+@under(lambda block: block.start is not None)
+@given(case=cases(causal=True))
+@example(case=Case(chunk_size=4, padding=("#..#...", ".......")))
+@example(case=Case(length=6, cuts=(2, 4), capacity=6, padding=("..####", "##....")))
+def test_any_cut(block, case):
+    hold(laws.any_cut, block, case)
+
+
+@under(lambda block: block.chunked)
+@given(case=cases(bias="rotary", qk_dim=4) | cases(bias=None))
+def test_chunks_that_hold_everything(block, case):
+    hold(laws.chunks_that_hold_everything, block, case)
+
+
+@under(lambda block: block.chunked)
+@given(case=cases(norm=None) | cases(norm="layernorm"))
+def test_chunk_borders(block, case):
+    hold(laws.chunk_borders, block, case)
+
+
+@under(lambda block: block.sequence)
+@given(case=cases(padded=True))
+@example(case=Case(padding=("###....", "#######"), memory_padding=("#....", "#####")))
+def test_padding_is_deletion(block, case):
+    hold(laws.padding_is_deletion, block, case)
+
+
+@under(lambda block: block.normed)
+@given(case=cases(causal=False, padded=True))
+@example(case=Case(causal=False, batch=1, padding=("######.",)))
+@example(case=Case(causal=False, padding=("#######", "#######")))
+def test_batch_statistics(block, case):
+    hold(laws.batch_statistics, block, case)
+
+
+@under()
+@given(case=cases())
+def test_pure(block, case):
+    hold(laws.pure, block, case)
+
+
+@under(lambda block: block.start is not None)
+@given(case=cases(causal=True))
+def test_states_are_values(block, case):
+    hold(laws.states_are_values, block, case)
+
+
+@under()
+@given(case=cases())
+def test_oracle(block, case):
+    hold(laws.oracle, block, case)
+
+
+@under(lambda block: block.final is not None)
+@given(case=cases(causal=True))
+def test_oracle_state(block, case):
+    hold(laws.oracle_state, block, case)
+
+
+half_precisions = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+@half_precisions
+@under()
+# A norm of a few channels divides by next to nothing now and then; 32 channels leave their roundings as they are.
+@given(case=cases(magnitude=1.0, embed_dim=32, qk_dim=16, value_dim=32))
+def test_precision(block, dtype, case):
+    hold(laws.precision, block, case, dtype)
+
+
+@half_precisions
+@under(lambda block: block.sequence)
+# A norm of a few channels divides by next to nothing now and then; 32 channels leave their roundings as they are.
+@given(case=cases(magnitude=1.0, embed_dim=32, qk_dim=16, value_dim=32))
+def test_autocast(block, dtype, case):
+    hold(laws.autocast, block, case, dtype)
+
+
+@under()
+@given(case=cases())
+def test_seeds_reproduce(block, case):
+    hold(laws.seeds_reproduce, block, case)
+
+
+@under()
+@given(case=cases())
+def test_copies(block, case):
+    hold(laws.copies, block, case)
+
+
+@under(lambda block: block.start is not None)
+@given(case=cases(causal=True))
+def test_states_travel(block, case):
+    hold(laws.states_travel, block, case)
+
+
+# Compiling takes seconds, so these are chosen: padding, chunks and keys of fixed shape; biases of both kinds.
+TO_COMPILE = {
+    "chunked": Case(chunk_size=3, padding=("..#....", "......."), memory_padding=("#....", ".....")),
+    "bidirectional": Case(causal=False, causal_ema=False, attention="laplace", bias="simple", norm="rmsnorm"),
+    "truncated": Case(truncation=4, capacity=8, attention="relu2", norm="scalenorm", prenorm=False),
+}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["chunked", "bidirectional"])
+@under(lambda block: block.sequence)
+def test_compiled(block, name):
+    laws.compiled(block, TO_COMPILE[name])
+
+
+@pytest.mark.compile
+@under(lambda block: not block.sequence)
+def test_compiled_without_padding(block):
+    laws.compiled(block, Case())
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["chunked", "truncated"])
+@under(lambda block: block.start is not None)
+def test_compiled_stream(block, name):
+    laws.compiled_stream(block, TO_COMPILE[name])
+
+
+def test_every_law_is_tested():
+    assert {f"test_{name}" for name in laws.LAWS} <= set(globals())
+
+
+def test_strategies_reach_every_option():
+    """The strategies draw what they promise."""
+    options = {
+        "causal": lambda case: case.causal,
+        "a causal average in a bidirectional layer": lambda case: not case.causal and case.causal_ema,
+        "chunks of one": lambda case: case.chunk_size == 1,
+        "one lag": lambda case: case.truncation == 1,
+        "fixed keys": lambda case: case.capacity is not None and case.chunk_size is None,
+        "padding beyond a block": lambda case: case.length > 64 and case.padding is not None,
+        "token by token": lambda case: len(case.cuts) == case.length > 2,
+        "a row of padding": lambda case: case.padding is not None and "#" * case.length in case.padding,
+        "a memory of padding": lambda case: "#" * case.memory_length in (case.memory_padding or ()),
+        **{name: lambda case, name=name: name in vars(case).values() for name in (*TOKENWISE_NORMS[:3], "batchnorm")},
+        **{name: lambda case, name=name: case.attention == name for name in ("softmax", "laplace", "relu2")},
+        **{f"bias {name}": lambda case, name=name: case.bias == name for name in ("simple", "rotary", None)},
+    }
+    reached = set()
+
+    @settings(max_examples=300, phases=[Phase.generate], database=None)
+    @given(case=cases())
+    def draw(case: Case) -> None:
+        reached.update(name for name, holds in options.items() if holds(case))
+
+    draw()
+    assert reached == set(options)
