@@ -58,7 +58,8 @@ def blocked(
     y = torch.bmm(cut.flatten(1, 2), inside)
     for operand, matrix in terms:
         y = torch.baddbmm(y, operand.flatten(1, 2), matrix)
-    y = _ContiguousGradient.apply(y)  # type: ignore[no-untyped-call]
+    if not torch.compiler.is_compiling():  # a compiler lays tensors out itself, and warns of every `Function`
+        y = _ContiguousGradient.apply(y)  # type: ignore[no-untyped-call]
     y = y.view(channels, batch, blocks * size)[..., :length].permute(1, 2, 0)
     if not final or states is None:
         return y, None
