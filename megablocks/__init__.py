@@ -15,12 +15,18 @@ from megablocks.layers import (
     Trace,
 )
 from megablocks.models import (
+    BeamSearchOutput,
+    GenerationOutput,
+    GenerationStep,
     MegaClassifier,
     MegaLanguageModel,
     MegaSeq2Seq,
+    beam_search,
+    generate,
     load,
     preset,
     save,
+    stream,
 )
 from megablocks.stacks import (
     MegaDecoder,
@@ -32,8 +38,11 @@ from megablocks.stacks import (
 )
 
 __all__ = [
+    "BeamSearchOutput",
     "EMABackends",
     "GatedCrossAttention",
+    "GenerationOutput",
+    "GenerationStep",
     "MegaClassifier",
     "MegaDecoder",
     "MegaDecoderLayer",
@@ -50,12 +59,15 @@ __all__ = [
     "SequenceNorm",
     "SimpleRelativeBias",
     "Trace",
+    "beam_search",
     "damped_ema",
     "ema_backend",
+    "generate",
     "load",
     "mega_decoder",
     "mega_encoder",
     "preset",
     "save",
     "state",
+    "stream",
 ]

@@ -6,7 +6,8 @@ that must read a tensor's values (token ids, capacities) run in eager mode on th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -39,6 +40,27 @@ def check_probability(name: str, value: object) -> float:
         raise TypeError(f"`{name}` must be a number in [0, 1), but is {value!r} ({type(value).__name__}).")
     if not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1), but is {value}.")
+    return float(value)
+
+
+def check_number(name: str, value: object, *, minimum: float | None = None, hint: str = "") -> float:
+    """Returns `value` as a float if it is a finite number, of at least `minimum` where one is given."""
+    rule = "a finite number" if minimum is None else f"a finite number of at least {minimum}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be {rule}, but is {value!r} ({type(value).__name__}){hint}.")
+    if not math.isfinite(value) or (minimum is not None and value < minimum):
+        raise ValueError(f"`{name}` must be {rule}, but is {value}{hint}.")
+    return float(value)
+
+
+def check_optional_share(name: str, value: object, off: str) -> float | None:
+    """Returns `value` if it is `None` or a number in (0, 1]; `off` says what `None` means."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number in (0, 1], but is {value!r} ({type(value).__name__}).")
+    if not 0 < value <= 1:
+        raise ValueError(f"`{name}` must be in (0, 1], but is {value}; use `None` for {off}.")
     return float(value)
 
 
@@ -146,6 +168,53 @@ def check_token_ids(name: str, ids: object, size: int) -> None:
                 f"`{name}` must be in [0, {size}), the vocabulary, but holds {low if low < 0 else high}; "
                 "mark padding with `padding_mask`, not with an id outside the vocabulary."
             )
+
+
+def check_optional_token(name: str, token: object, size: int) -> int | None:
+    """Returns `token` if it is `None` or the id of a token."""
+    if token is None:
+        return None
+    if isinstance(token, bool) or not isinstance(token, int):
+        raise TypeError(f"`{name}` must be a token id, an int, but is {token!r} ({type(token).__name__}).")
+    if not 0 <= token < size:
+        raise ValueError(f"`{name}` must be in [0, {size}), the vocabulary, but is {token}; use `None` for none.")
+    return token
+
+
+def check_prompt(prompt: Tensor, padding_mask: Tensor | None, size: int) -> None:
+    """Raises unless `prompt` is `(B, L)` token ids with, as far as values are readable, a real one in every row."""
+    check_token_ids("prompt", prompt, size)
+    check_padding_mask("padding_mask", padding_mask, (prompt.shape[0], prompt.shape[1]))
+    if padding_mask is not None and values_readable(padding_mask):
+        empty = padding_mask.all(1).nonzero()
+        if len(empty):
+            raise ValueError(
+                f"`prompt` must hold a real token in every row, but row {int(empty[0])} is all padding; "
+                "begin it with a start token."
+            )
+
+
+def check_generator(name: str, generator: object) -> None:
+    """Raises unless `generator` is `None`, a generator, or a sequence of them."""
+    each = generator if isinstance(generator, Sequence) else (generator,)
+    for one in each:
+        if generator is not None and not isinstance(one, torch.Generator):
+            raise TypeError(
+                f"`{name}` must be a torch.Generator or a sequence of one for each row, but "
+                f"{'holds' if isinstance(generator, Sequence) else 'is'} {one!r} ({type(one).__name__}); "
+                "make one by `torch.Generator().manual_seed(seed)`."
+            )
+
+
+def check_generates(model: object) -> None:
+    """Raises unless `model` has what generation needs: logits over a vocabulary, and a state."""
+    missing = next((name for name in ("vocab_size", "init_state") if not hasattr(model, name)), None)
+    if not isinstance(model, nn.Module) or missing:
+        what = f", which has no `{missing}`" if missing else ""
+        raise TypeError(
+            "`model` must be a MegaLanguageModel, a MegaSeq2Seq or a module called like one, "
+            f"but is {type(model).__name__}{what}."
+        )
 
 
 def check_table(length: int, max_positions: int) -> None:

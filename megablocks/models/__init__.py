@@ -1,7 +1,9 @@
 """Models: embeddings, heads and presets around the stacks. torch alone is enough."""
 
+from megablocks.models.beam_search import BeamSearchOutput, beam_search
 from megablocks.models.classifier import ContinuousEmbedding, MegaClassifier
 from megablocks.models.embedding import TokenEmbedding
+from megablocks.models.generation import GenerationOutput, GenerationStep, generate, stream
 from megablocks.models.language_model import MegaLanguageModel
 from megablocks.models.presets import PRESETS, preset
 from megablocks.models.saving import load, save
@@ -9,12 +11,18 @@ from megablocks.models.seq2seq import MegaSeq2Seq
 
 __all__ = [
     "PRESETS",
+    "BeamSearchOutput",
     "ContinuousEmbedding",
+    "GenerationOutput",
+    "GenerationStep",
     "MegaClassifier",
     "MegaLanguageModel",
     "MegaSeq2Seq",
     "TokenEmbedding",
+    "beam_search",
+    "generate",
     "load",
     "preset",
     "save",
+    "stream",
 ]
