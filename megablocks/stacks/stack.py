@@ -31,7 +31,8 @@ class Stack(nn.Module):
         self.layers = nn.ModuleList(check_modules("layers", layers))
         self.layer_drop = check_probability("layer_drop", layer_drop)
         self.checkpoint = check_flag("checkpoint", checkpoint)
-        self.final_norm = None if final_norm is None else sequence_norm(self.embed_dim, final_norm)
+        ready = final_norm is None or isinstance(final_norm, SequenceNorm)
+        self.final_norm = final_norm if ready else sequence_norm(self.embed_dim, final_norm)  # type: ignore[assignment]
 
     @property
     def embed_dim(self) -> int:
