@@ -151,8 +151,11 @@ def values_readable(*tensors: Tensor) -> bool:
     return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
 
 
-def check_token_ids(name: str, ids: object, size: int) -> None:
-    """Raises unless `ids` is an integer tensor `(B, L)`; in eager mode on the CPU also unless all lie in [0, size)."""
+def check_token_ids(name: str, ids: object, size: int, padding_mask: Tensor | None = None) -> None:
+    """Raises unless `ids` is an integer tensor `(B, L)` and the mask, if any, fits it.
+
+    In eager mode on the CPU also unless all real tokens lie in [0, size); what stands at padding is inert.
+    """
     if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
         kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"`{name}` must be an int64 or int32 tensor of token ids, but is {kind}.")
@@ -161,8 +164,10 @@ def check_token_ids(name: str, ids: object, size: int) -> None:
             f"`{name}` must have shape (batch, length) with length >= 1, but has shape {tuple(ids.shape)}; "
             f"a single sequence needs `{name}[None]`."
         )
+    check_padding_mask("padding_mask", padding_mask, (ids.shape[0], ids.shape[1]))
     if values_readable(ids) and ids.numel():
-        low, high = (int(bound) for bound in ids.aminmax())
+        real = ids if padding_mask is None else ids.masked_fill(padding_mask, 0)
+        low, high = (int(bound) for bound in real.aminmax())
         if low < 0 or high >= size:
             raise ValueError(
                 f"`{name}` must be in [0, {size}), the vocabulary, but holds {low if low < 0 else high}; "
@@ -183,8 +188,7 @@ def check_optional_token(name: str, token: object, size: int) -> int | None:
 
 def check_prompt(prompt: Tensor, padding_mask: Tensor | None, size: int) -> None:
     """Raises unless `prompt` is `(B, L)` token ids with, as far as values are readable, a real one in every row."""
-    check_token_ids("prompt", prompt, size)
-    check_padding_mask("padding_mask", padding_mask, (prompt.shape[0], prompt.shape[1]))
+    check_token_ids("prompt", prompt, size, padding_mask)
     if padding_mask is not None and values_readable(padding_mask):
         empty = padding_mask.all(1).nonzero()
         if len(empty):

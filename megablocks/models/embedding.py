@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_flag, check_optional_size, check_padding_mask, check_size, check_token_ids
+from megablocks._checks import check_flag, check_optional_size, check_size, check_token_ids
 from megablocks.functional.padding import zero_padding
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
@@ -78,8 +78,7 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, tokens: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
         """Returns the embedded tokens."""
-        check_token_ids("tokens", tokens, self.vocab_size)
-        check_padding_mask("padding_mask", padding_mask, (tokens.shape[0], tokens.shape[1]))
+        check_token_ids("tokens", tokens, self.vocab_size, padding_mask)
         if padding_mask is not None:
             tokens = tokens.masked_fill(padding_mask, 0)
         x = self.tokens(tokens) * self.scale

@@ -69,6 +69,12 @@ def test_own_embedding_and_output_take_their_places():
     torch.testing.assert_close(model(TOKENS % 8).exp().sum(-1), torch.ones(2, 5))
 
 
+def test_ids_under_padding_are_inert():
+    model = language_model()
+    wild = TOKENS.masked_fill(MASK, -100)
+    assert torch.equal(model(wild, padding_mask=MASK), model(TOKENS, padding_mask=MASK))
+
+
 def test_tokens_outside_the_vocabulary_are_named_before_the_embedding_is_asked():
     with pytest.raises(
         ValueError, match=r"^`tokens` must be in \[0, 11\), the vocabulary, but holds 11; mark padding with"
