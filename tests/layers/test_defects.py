@@ -203,6 +203,8 @@ def test_d14_the_state_of_a_half_precision_stream_does_not_drift(dtype):
         ema.alpha.sub_(4.0)  # averages over hundreds of tokens
     x = torch.randn(2, 300, 4).to(dtype)
     state, outputs = ema.init_state(2), []
+    truncated = MultiDimensionDampedEMA(4, 4, truncation=3, dtype=dtype).init_state(2)
+    assert state.hidden.dtype == truncated.inputs.dtype == torch.float32
     for token in x.unbind(1):
         y, state = ema(token.unsqueeze(1), state=state)
         outputs.append(y)
