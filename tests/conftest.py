@@ -24,6 +24,9 @@ _ALWAYS: dict[str, Any] = {
 # Read once by torch: `with torch.device(...)` must know the real `torch.empty`, not the wrapper below.
 torch.utils._device._device_constructors()
 
+# The tensors here are small: sharing one out among threads costs more than it saves, above all on a busy machine.
+torch.set_num_threads(1)
+
 settings.register_profile("dev", max_examples=15, derandomize=True, **_ALWAYS)
 settings.register_profile("ci", max_examples=60, derandomize=True, **_ALWAYS)
 settings.register_profile("nightly", max_examples=1000, **_ALWAYS)

@@ -5,12 +5,13 @@ Where the original is known to be wrong, the oracle has to differ; what it does 
 
 from __future__ import annotations
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_data import Case, Run, block_params, cases, ema_params, is_truth, layer_params, norm_params, runs, true_runs
 from torch import Tensor
+
+import oracles
+from golden_data import Case, Run, block_params, cases, ema_params, is_truth, layer_params, norm_params, runs, true_runs
 
 ACTIVATION_NAMES = {"gelu_accurate": "gelu_tanh"}
 PAD = 1

@@ -83,6 +83,10 @@ class _ContiguousGradient(torch.autograd.Function):
     def backward(ctx: object, gradient: Tensor) -> Tensor:
         return gradient.contiguous()
 
+    @staticmethod
+    def jvp(ctx: object, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
 
 class _Matrices(NamedTuple):
     inside: Tensor  # (D, T, T), input step by output step
