@@ -48,7 +48,7 @@ FORMAT = "megablocks train_byte_lm 1"
 SAVE_EVERY = 300  # seconds
 HELD_OUT_AT_MOST = 200_000  # bytes: judging a model by a long text need not take hours
 SEGMENT = 4096  # held-out bytes that one call reads; the state makes the result the same for any number
-LAGS = 1024  # tokens that the picture of the kernels looks back
+LAGS = 64  # tokens that the picture of the kernels looks back
 BITS = 1 / math.log(2)  # bits in a nat
 
 
@@ -141,7 +141,7 @@ def train(run: Run, text: Tensor, stopped: Callable[[], bool], save: Callable[[]
     settings, model, optimizer = run.settings, run.model.train(), run.optimizer
     device, saved_at = next(model.parameters()).device, time.monotonic()
     recent = run.losses[-1] if run.losses else 8.0
-    with tqdm(total=settings.steps, initial=len(run.losses), desc="training", unit="step", dynamic_ncols=True) as bar:
+    with tqdm(total=settings.steps, initial=len(run.losses), desc="training", unit=" steps", dynamic_ncols=True) as bar:
         for step in range(len(run.losses), settings.steps):
             if stopped():
                 break
@@ -184,7 +184,7 @@ def bits_per_byte(model: megablocks.MegaLanguageModel, text: Tensor, held_out: T
     inputs = torch.cat([before[-1:], held_out[:-1]]).long().to(device)
     nats = 0.0
     segments = list(zip(inputs.split(SEGMENT), held_out.long().to(device).split(SEGMENT), strict=True))
-    for given, wanted in tqdm(segments, desc="held-out text", unit="segment", leave=False, dynamic_ncols=True):
+    for given, wanted in tqdm(segments, desc="held-out text", unit=" segments", leave=False, dynamic_ncols=True):
         logits, state = model(given[None], state=state)
         nats += F.cross_entropy(logits[0], wanted, reduction="sum").item()
     return nats / len(held_out) * BITS
@@ -216,18 +216,21 @@ def draw(run: Run, levels: dict[str, float], file: Path) -> None:
     left.set(title="Loss", xlabel="step", ylabel="bits per byte", ylim=(0, 8.5))
     left.legend()
 
-    before, after = run.first_kernels, kernels(run.model)
-    lags = torch.arange(1, LAGS + 1)
-    layer = len(after) // 2
-    memory = after[layer].square().cumsum(1) / after[layer].square().sum(1, keepdim=True)
-    order = (memory < 0.9).sum(1).argsort()  # channels by how far back nine tenths of their kernel's energy reach
-    for index, share in enumerate((0.1, 0.5, 0.9, 0.99)):
+    before, after = run.first_kernels[-1], kernels(run.model)[-1]
+    strength = after.square()
+    reach = (strength.cumsum(1) < 0.9 * strength.sum(1, keepdim=True)).sum(1)  # lags with nine tenths of the energy
+    order = reach.argsort(stable=True)
+    for index, share in enumerate((0.1, 0.5, 0.9, 1.0)):
         channel = int(order[int(share * (len(order) - 1))])
-        right.plot(lags, before[layer, channel], color=f"C{index}", linestyle=":")
-        right.plot(lags, after[layer, channel], color=f"C{index}", label=f"channel {channel}")
+        right.plot(torch.arange(LAGS), before[channel], color=f"C{index}", linestyle=":")
+        right.plot(torch.arange(LAGS), after[channel], color=f"C{index}", marker=".", label=f"channel {channel}")
     right.axhline(0, color="0.8", linewidth=0.8)
-    right.set(title=f"Moving averages of layer {layer + 1}: before (dotted) and after training", xscale="log")
-    right.set(xlabel="bytes back, plus one", ylabel="weight")
+    right.plot([], [], color="0.4", linestyle=":", label="before training")
+    right.set_xscale("symlog", linthresh=1, linscale=0.5)
+    right.minorticks_off()
+    right.set_xticks([0, 1, 2, 4, 8, 16, 32, 64], labels=["0", "1", "2", "4", "8", "16", "32", "64"])
+    right.set(title="Moving averages of the last layer", xlim=(0, LAGS))
+    right.set(xlabel="bytes back", ylabel="weight")
     right.legend()
     figure.savefig(file, dpi=120)
     plt.close(figure)
@@ -341,21 +344,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     run = parser.add_argument_group("the run (a resumed run keeps what it began with, where you do not say otherwise)")
     run.add_argument("--data", metavar="FILE", help="text to train on; any file (default: Python's reference manual)")
     run.add_argument("--preset", choices=["enwik8", "wikitext103"], help="a model of the paper (default: a small one)")
-    run.add_argument("--steps", type=count, help=f"default: {default.steps}; with --preset {PRESET_SETTINGS['steps']}")
-    run.add_argument("--batch", type=count, help=f"crops of the text in each step (default: {default.batch}; 1)")
-    run.add_argument("--length", type=count, help=f"bytes in each crop (default: {default.length}; 4096)")
-    run.add_argument("--lr", type=positive(float), help=f"highest learning rate (default: {default.lr}; 0.001)")
+    for name, kind, what in (
+        ("steps", count, "steps of training in all"),
+        ("batch", count, "crops of the text in each step"),
+        ("length", count, "bytes in each crop"),
+        ("lr", positive(float), "highest learning rate"),
+    ):
+        usual = f"(default: {getattr(default, name)}; with --preset {PRESET_SETTINGS[name]})"
+        run.add_argument(f"--{name}", type=kind, help=f"{what} {usual}")
     run.add_argument("--seed", type=int, help=f"of weights and crops (default: {default.seed})")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="the run's directory (default: runs/byte_lm, or by preset)"
+        "--out", type=Path, metavar="DIR", help="the run's directory (default: runs/byte_lm or runs/PRESET)"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in the run's directory")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the directory by a new one")
     parser.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one, else cpu)")
     parser.add_argument("--sample-only", action="store_true", help="only load the checkpoint and write a sample")
-    parser.add_argument(
-        "--prompt", metavar="TEXT", help="what the sample continues (default: the held-out text's start)"
-    )
+    parser.add_argument("--prompt", metavar="TEXT", default="The ", help="what the sample continues (default: 'The ')")
     parser.add_argument("--sample-bytes", type=count, default=400, metavar="N", help="its length (default: 400)")
     options = parser.parse_args(arguments)
     if options.prompt == "":
@@ -383,10 +388,10 @@ def command(*more: str) -> str:
 def work(options: argparse.Namespace) -> int:
     """Does what the options ask for and returns the exit code."""
     device = find_device(options.device)
-    prompt = None if options.prompt is None else options.prompt.encode("utf-8", errors="replace")
+    prompt = options.prompt.encode("utf-8", errors="replace")
     if options.sample_only:
         run = load_run(options.out, device)
-        write_sample(run.model, prompt or b"The ", options.sample_bytes)
+        write_sample(run.model, prompt, options.sample_bytes)
         return 0
 
     said = {name: value for name in asdict(Settings()) if (value := getattr(options, name)) is not None}
@@ -420,7 +425,7 @@ def work(options: argparse.Namespace) -> int:
     print(f"  {levels['MEGA']:.3f}  MEGA after {len(run.losses):,} steps")
     draw(run, levels, options.out / "training.png")
     print(f"\nSaved {options.out / 'checkpoint'} and {options.out / 'training.png'}. A sample:\n")
-    write_sample(run.model, prompt or bytes(held_out[:80].tolist()), options.sample_bytes)
+    write_sample(run.model, prompt, options.sample_bytes)
     return 0
 
 

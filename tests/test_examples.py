@@ -23,6 +23,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 TINY = ["--batch", "1", "--length", "16", "--device", "cpu", "--sample-bytes", "8"]
 # One thread: fast when tests share a machine, and the same sums in every process.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+# The same megablocks as here, installed or not.
+ENVIRONMENT["PYTHONPATH"] = os.pathsep.join([str(Path(megablocks.__file__).parents[1]), *sys.path[1:]])
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +125,9 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(text, tmp_path):
     process = start("train_byte_lm.py", "--out", tmp_path / "broken", *options, cwd=tmp_path)
     seen = ""
     while not re.search(r" [1-9]\d*/30 ", seen):
-        seen += process.stderr.read(1)
+        piece = process.stderr.read(1)
+        assert piece, f"it ended before a step was done: {seen}"
+        seen += piece
     process.send_signal(signal.SIGINT)
     printed, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
