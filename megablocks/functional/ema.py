@@ -25,6 +25,7 @@ class _Kernel(Protocol):
         forward: EMACoefficients,
         mirror: EMACoefficients | None = None,
         *,
+        omega: Tensor | None = None,
         hidden: Tensor | None = None,
         lengths: Tensor | None = None,
         truncation: int | None = None,
@@ -148,8 +149,9 @@ def damped_ema(
         both = alpha.shape[0] == 2 * channels
         forward = EMACoefficients(*(row[:channels] for row in rows))
         mirror = EMACoefficients(*(row[channels:] for row in rows)) if both else None
-        clean = zero_padding(x, padding_mask)
-        inputs = clean.to(forward.p.dtype)
+        inputs = zero_padding(x, padding_mask).to(forward.p.dtype)
+        if omega is not None:
+            omega = omega.to(forward.p.dtype)
         layout = None if padding_mask is None else packed(padding_mask)
         lengths = None
         if layout is not None:
@@ -157,7 +159,7 @@ def damped_ema(
 
         new_state: EMAState | TruncatedEMAState | None = None
         if isinstance(state, TruncatedEMAState):
-            y, new_state = _truncated_segment(inputs, forward, state, lengths, truncation, backend)
+            y, new_state = _truncated_segment(inputs, forward, omega, state, lengths, truncation, backend)
         else:
             hidden = None if state is None else state.hidden
             if truncation is not None and truncation >= x.shape[1]:
@@ -167,6 +169,7 @@ def damped_ema(
                 inputs,
                 forward,
                 mirror,
+                omega=omega,
                 hidden=hidden,
                 lengths=lengths,
                 truncation=truncation,
@@ -176,8 +179,6 @@ def damped_ema(
                 new_state = EMAState(after)
         if layout is not None:
             y = layout.back(y)
-        if omega is not None:
-            y = torch.addcmul(y, omega.to(y.dtype), clean.to(y.dtype))
         y = y.to(x.dtype)
     return y if new_state is None else (y, new_state)
 
@@ -201,6 +202,7 @@ def check_ema_state(
 def _truncated_segment(
     inputs: Tensor,
     forward: EMACoefficients,
+    omega: Tensor | None,
     state: TruncatedEMAState,
     lengths: Tensor | None,
     truncation: int | None,
@@ -209,7 +211,7 @@ def _truncated_segment(
     remembered = state.inputs.shape[1]
     extended = torch.cat([state.inputs, inputs], dim=1)
     kernel = _choose(backend, extended.shape[1], truncation)
-    y, _ = kernel(extended, forward, truncation=truncation)
+    y, _ = kernel(extended, forward, omega=omega, truncation=truncation)
     if lengths is None:
         last = extended[:, -remembered:].contiguous()
     else:

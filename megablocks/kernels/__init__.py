@@ -2,13 +2,15 @@
 
 Every kernel is a function
 
-    kernel(x, forward, mirror=None, *, hidden=None, lengths=None, truncation=None, final=False) -> (y, hidden)
+    kernel(x, forward, mirror=None, *, omega=None, hidden=None, lengths=None, truncation=None, final=False)
+        -> (y, hidden)
 
 that computes, for each row and channel, with N averages,
 
-    h_t = q h_{t-1} + b x_t        y_t = sum_n g h_t        q = 1 - p
+    h_t = q h_{t-1} + b x_t        y_t = sum_n g h_t + omega x_t        q = 1 - p
 
 from `x` of shape (B, L, D), and adds the same sum run backwards in time with the coefficients `mirror`, where given.
+`omega`, (D,), is the weight of the skip connection, none where it is `None`.
 
 * Real tokens stand first in each row: from `lengths` (B,) on, `x` is zero. Outputs there are never looked at.
 * `hidden` (B, D, N) is the state before the first token, zeros where it is `None`.

@@ -32,6 +32,7 @@ def blocked(
     forward: EMACoefficients,
     mirror: EMACoefficients | None = None,
     *,
+    omega: Tensor | None = None,
     hidden: Tensor | None = None,
     lengths: Tensor | None = None,
     truncation: int | None = None,
@@ -41,10 +42,9 @@ def blocked(
     batch, length, channels = x.shape
     size = min(BLOCK, length)
     blocks = -(-length // size)
-    # (D, B, J, T): channels outermost, because each multiplies by matrices of its own. Made contiguous in one go: the
-    # products would otherwise copy it channel by channel.
-    padded = F.pad(x, (0, 0, 0, blocks * size - length))
-    cut = padded.permute(2, 0, 1).contiguous().view(channels, batch, blocks, size)
+    padded = F.pad(x, (0, 0, 0, blocks * size - length)) if length % size else x
+    # (D, B, J, T): channels outermost, because each multiplies by matrices of its own.
+    cut = _transposed(padded.reshape(-1, channels)).view(channels, batch, blocks, size)
 
     matrices = _matrices(forward, size, blocks, truncation)
     inside = matrices.inside
@@ -54,26 +54,36 @@ def blocked(
         reversed_matrices = _matrices(mirror, size, blocks, truncation).reversed()
         inside = inside + reversed_matrices.inside
         terms += _from_other_blocks(cut, mirror, reversed_matrices, None, truncation, backward=True)[0]
+    if omega is not None:
+        inside = inside + omega.view(-1, 1, 1) * torch.eye(size, dtype=x.dtype, device=x.device)
 
     y = torch.bmm(cut.flatten(1, 2), inside)
     for operand, matrix in terms:
-        y = torch.baddbmm(y, operand.flatten(1, 2), matrix)
-    if not torch.compiler.is_compiling():  # a compiler lays tensors out itself, and warns of every `Function`
-        y = _ContiguousGradient.apply(y)  # type: ignore[no-untyped-call]
-    y = y.view(channels, batch, blocks * size)[..., :length].permute(1, 2, 0)
+        y = y.baddbmm_(operand.flatten(1, 2), matrix)
+    y = _transposed(y.view(channels, -1)).view(batch, blocks * size, channels)[:, :length]
     if not final or states is None:
         return y, None
     return y, _final_state(cut, forward, matrices.enter, states, lengths, length)
 
 
-class _ContiguousGradient(torch.autograd.Function):
-    """Passes a tensor on and makes its gradient contiguous, for the same reason as `cut`."""
+def _transposed(x: Tensor) -> Tensor:
+    """Returns a contiguous transposed matrix, whose gradient comes back contiguous too.
 
+    Copying whole matrices is three times faster than copying tensors whose strides say the same, and products of
+    operands that are not contiguous would be copied channel by channel, forwards and backwards.
+    """
+    if torch.compiler.is_compiling():  # a compiler lays tensors out itself, and warns of every `Function`
+        return x.t().contiguous()
+    transposed: Tensor = _Transposed.apply(x)  # type: ignore[no-untyped-call]
+    return transposed
+
+
+class _Transposed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(y: Tensor) -> Tensor:
-        return y.view_as(y)
+    def forward(x: Tensor) -> Tensor:
+        return x.t().contiguous()
 
     @staticmethod
     def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -81,11 +91,11 @@ class _ContiguousGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return gradient.contiguous()
+        return _transposed(gradient)
 
     @staticmethod
     def jvp(ctx: object, tangent: Tensor) -> Tensor:
-        return tangent.view_as(tangent)
+        return tangent.t().contiguous()
 
 
 class _Matrices(NamedTuple):

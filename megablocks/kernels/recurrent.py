@@ -13,6 +13,7 @@ def recurrent(
     forward: EMACoefficients,
     mirror: EMACoefficients | None = None,
     *,
+    omega: Tensor | None = None,
     hidden: Tensor | None = None,
     lengths: Tensor | None = None,
     truncation: int | None = None,
@@ -27,6 +28,8 @@ def recurrent(
         reverse = x.flip(1)
         back = _loop(reverse, mirror, None, None)[0] if truncation is None else _window(reverse, mirror, truncation)
         y = y + back.flip(1)
+    if omega is not None:
+        y = y + omega * x
     return y, hidden if final else None
 
 

@@ -80,14 +80,15 @@ def check_recurrence(
     counts = None if lengths is None else torch.tensor(lengths)
     mask = None if counts is None else torch.arange(length) >= counts.unsqueeze(-1)
     clean = x if mask is None else x.masked_fill(mask.unsqueeze(-1), 0.0)
-    omega = torch.zeros(width, dtype=torch.float64)
-    leaves = [x, *params] + ([hidden] if start else [])
+    omega = drawn(seed + 4, width)
+    leaves = [x, *params, omega] + ([hidden] if start else [])
     back = parameters(seed + 3, width, averages) if mirror else []
 
     y, final = kernel(
         clean,
         coefficients(*params),
         coefficients(*back) if mirror else None,
+        omega=omega,
         hidden=hidden,
         lengths=counts,
         final=True,
@@ -107,12 +108,13 @@ def check_window(
     torch.manual_seed(seed)
     width = 2
     params, back = parameters(seed, width, averages), parameters(seed + 3, width, averages)
-    x, omega = drawn(seed, 2, length, width), torch.zeros(width, dtype=torch.float64)
-    y, final = kernel(x, coefficients(*params), coefficients(*back) if mirror else None, truncation=truncation)
+    x, omega = drawn(seed, 2, length, width), drawn(seed + 4, width)
+    mirrored = coefficients(*back) if mirror else None
+    y, final = kernel(x, coefficients(*params), mirrored, omega=omega, truncation=truncation)
     assert final is None
     both = [torch.cat(pair) for pair in zip(params, back, strict=True)] if mirror else params
     expected, _ = oracles.ema(x, *both, omega, causal=not mirror, truncation=truncation)
-    compare((y,), (expected,), [x, *params] + (back if mirror else []))
+    compare((y,), (expected,), [x, *params, omega] + (back if mirror else []))
 
 
 @every_kernel
