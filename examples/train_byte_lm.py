@@ -37,7 +37,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import megablocks
-from megablocks.functional import ema_kernel
 
 matplotlib.use("Agg")  # draws to files and needs no display
 import matplotlib.pyplot as plt
@@ -133,7 +132,7 @@ def kernels(model: torch.nn.Module) -> Tensor:
     """Returns how each channel of each layer's moving average answers an impulse, (layers, channels, lags)."""
     averages = [part for part in model.modules() if isinstance(part, megablocks.MultiDimensionDampedEMA)]
     with torch.no_grad():
-        return torch.stack([ema_kernel(a.alpha, a.delta, a.beta, a.eta, LAGS).cpu() for a in averages])
+        return torch.stack([average.kernel(LAGS).cpu() for average in averages])
 
 
 def train(run: Run, text: Tensor, stopped: Callable[[], bool], save: Callable[[], None]) -> None:

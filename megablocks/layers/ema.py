@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megablocks._checks import check_flag, check_input, check_optional_size, check_padding_mask, check_size
-from megablocks.functional.ema import check_ema_state, damped_ema
+from megablocks.functional.ema import check_ema_state, damped_ema, ema_kernel
 from megablocks.functional.precision import at_least_float32
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.state import EMAState, TruncatedEMAState
@@ -105,6 +105,19 @@ class MultiDimensionDampedEMA(nn.Module):
         self.beta[:, 1::2] -= 1.0
         nn.init.normal_(self.eta, std=1.0)
         nn.init.normal_(self.omega, std=1.0)
+
+    def kernel(self, length: int) -> Tensor:
+        r"""Returns the impulse response of every average, $k_{j,l} = \sum_n \alpha\beta\eta\, q^l / \sqrt N$.
+
+        For looking at: the layer never makes it. The skip connection and truncation are not in it.
+
+        Args:
+            length: Number of lags.
+
+        Returns:
+            $(D, \text{length})$; not causal: $(2D, \text{length})$, lags into the future in the second half.
+        """
+        return ema_kernel(self.alpha, self.delta, self.beta, self.eta, check_size("length", length))
 
     def init_state(self, batch_size: int) -> EMAState | TruncatedEMAState:
         """Returns the state before the first token.

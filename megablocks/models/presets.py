@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 from megablocks._checks import lookup
 from megablocks.models.classifier import MegaClassifier
@@ -95,6 +95,26 @@ _SIZES = ("num_layers", "embed_dim", "ffn_dim", "qk_dim", "value_dim")
 _STACK_OPTIONS = {*_SIZES, *LayerOptions.__annotations__, "layer_drop", "checkpoint", "final_norm_affine"}
 
 
+@overload
+def preset(name: Literal["enwik8", "wikitext103"], **overrides: Any) -> MegaLanguageModel: ...
+@overload
+def preset(name: Literal["wmt"], **overrides: Any) -> MegaSeq2Seq: ...
+@overload
+def preset(
+    name: Literal[
+        "lra_listops",
+        "lra_text",
+        "lra_retrieval",
+        "lra_image",
+        "lra_pathfinder",
+        "lra_pathx",
+        "speech_commands_base",
+        "speech_commands_big",
+    ],
+    **overrides: Any,
+) -> MegaClassifier: ...
+@overload
+def preset(name: str, **overrides: Any) -> Model: ...
 def preset(name: str, **overrides: Any) -> Model:
     """Builds a model of the paper, with random weights.
 

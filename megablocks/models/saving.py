@@ -101,7 +101,8 @@ def load(directory: str | os.PathLike[str], *, device: torch.device | str = "cpu
     if problems:
         raise ValueError(f"The weights in {file} do not fit the model that {_DESCRIPTION} describes: {problems}")
     for name, tensor in wanted.items():
-        tensor.data = weights[name].to(device)
+        # A copy of its own: what safetensors returns is the file itself, which could not be replaced while in use.
+        tensor.data = weights[name].to(device, copy=True)
     loaded: nn.Module = model.to(device).eval()
     return loaded
 

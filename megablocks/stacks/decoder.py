@@ -89,7 +89,8 @@ class MegaDecoderLayer(nn.Module):
     ) -> DecoderLayerState:
         """Returns the state before the first token; see `MegaDecoder.init_state`."""
         self._check_memory(memory)
-        attention = self.attention.init_state(batch_size, capacity=capacity)  # type: ignore[operator]
+        fixed = {} if capacity is None else {"capacity": capacity}
+        attention = self.attention.init_state(batch_size, **fixed)  # type: ignore[operator]
         cross = None
         if self.cross_attention is not None:
             cross = self.cross_attention.init_state(memory, memory_padding_mask)  # type: ignore[operator]
@@ -179,7 +180,7 @@ class MegaDecoder(Stack):
         layers: Modules called as `layer(x, padding_mask=...)`, with `state=...` when streaming, first to last:
             `MegaDecoderLayer`s, bare causal `MovingAverageGatedAttention`s, your own. A layer with a true attribute
             `takes_memory` is also given `memory` and `memory_padding_mask`. To stream, each must have
-            `init_state(batch_size, capacity=...)`.
+            `init_state(batch_size)`, and take `capacity=...` there if you ask for one.
         final_norm: Name of a norm, or a module, applied after the last layer, as pre-norm layers need; `None` for none.
         layer_drop: Probability that a layer is skipped, for the whole batch, in training.
         checkpoint: Whether layers are computed again in the backward pass instead of keeping their activations.
@@ -241,10 +242,11 @@ class MegaDecoder(Stack):
                 `None` for keys that grow with every call.
         """
         self._check_memory(memory)
+        fixed = {} if capacity is None else {"capacity": capacity}
         states = []
         for layer in self.layers:
             given = (memory, memory_padding_mask) if _takes_memory(layer) else ()
-            states.append(layer.init_state(batch_size, *given, capacity=capacity))  # type: ignore[operator]
+            states.append(layer.init_state(batch_size, *given, **fixed))  # type: ignore[operator]
         return DecoderState(tuple(states))
 
     @overload

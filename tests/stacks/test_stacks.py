@@ -32,7 +32,7 @@ class Smoother(nn.Module):
         super().__init__()
         self.ema = MultiDimensionDampedEMA(8, 2)
 
-    def init_state(self, batch_size, *, capacity=None):
+    def init_state(self, batch_size):
         return self.ema.init_state(batch_size)
 
     def forward(self, x, *, padding_mask=None, state=None):
