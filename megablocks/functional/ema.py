@@ -90,7 +90,10 @@ def damped_ema(
     padding_mask: Tensor | None = None,
     state: None = None,
     backend: str = "auto",
-) -> Tensor: ...
+) -> Tensor:
+    """Without a state: the output alone."""
+
+
 @overload
 def damped_ema(
     x: Tensor,
@@ -104,7 +107,10 @@ def damped_ema(
     padding_mask: Tensor | None = None,
     state: EMAState | TruncatedEMAState,
     backend: str = "auto",
-) -> tuple[Tensor, EMAState | TruncatedEMAState]: ...
+) -> tuple[Tensor, EMAState | TruncatedEMAState]:
+    """With a state: the output and the state after it."""
+
+
 def damped_ema(
     x: Tensor,
     alpha: Tensor,
@@ -252,9 +258,15 @@ class _Restore:
 
 
 @overload
-def ema_backend(name: None = None) -> EMABackends: ...
+def ema_backend(name: None = None) -> EMABackends:
+    """Without a name: what there is."""
+
+
 @overload
-def ema_backend(name: str) -> _Restore: ...
+def ema_backend(name: str) -> _Restore:
+    """With a name: sets the default, for a `with` block or for good."""
+
+
 def ema_backend(name: str | None = None) -> EMABackends | _Restore:
     """Tells which EMA backends there are, or sets the default one.
 

@@ -96,9 +96,15 @@ _STACK_OPTIONS = {*_SIZES, *LayerOptions.__annotations__, "layer_drop", "checkpo
 
 
 @overload
-def preset(name: Literal["enwik8", "wikitext103"], **overrides: Any) -> MegaLanguageModel: ...
+def preset(name: Literal["enwik8", "wikitext103"], **overrides: Any) -> MegaLanguageModel:
+    """Language models."""
+
+
 @overload
-def preset(name: Literal["wmt"], **overrides: Any) -> MegaSeq2Seq: ...
+def preset(name: Literal["wmt"], **overrides: Any) -> MegaSeq2Seq:
+    """Translation."""
+
+
 @overload
 def preset(
     name: Literal[
@@ -112,9 +118,15 @@ def preset(
         "speech_commands_big",
     ],
     **overrides: Any,
-) -> MegaClassifier: ...
+) -> MegaClassifier:
+    """Long Range Arena and speech commands."""
+
+
 @overload
-def preset(name: str, **overrides: Any) -> Model: ...
+def preset(name: str, **overrides: Any) -> Model:
+    """A name that is known only when the program runs."""
+
+
 def preset(name: str, **overrides: Any) -> Model:
     """Builds a model of the paper, with random weights.
 

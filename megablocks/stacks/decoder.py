@@ -360,15 +360,17 @@ def mega_decoder(
         torch.Size([2, 10, 32])
     """
     check_size("num_layers", num_layers)
-    parts = Parts(embed_dim, True, **options)
+    parts = Parts(**options)
     with nullcontext() if device is None else torch.device(device):
         layers = [
             MegaDecoderLayer(
-                parts.self_attention(), parts.cross_attention() if cross_attention else None, parts.feed_forward()
+                parts.self_attention(embed_dim, causal=True),
+                parts.cross_attention(embed_dim) if cross_attention else None,
+                parts.feed_forward(embed_dim),
             )
             for _ in range(num_layers)
         ]
-        norm = parts.final_norm(affine=final_norm_affine)
+        norm = parts.final_norm(embed_dim, affine=final_norm_affine)
         decoder = MegaDecoder(layers, final_norm=norm, layer_drop=layer_drop, checkpoint=checkpoint)
     return decoder if dtype is None else decoder.to(dtype)
 

@@ -172,9 +172,12 @@ def mega_encoder(
         torch.Size([2, 10, 32])
     """
     check_size("num_layers", num_layers)
-    parts = Parts(embed_dim, False, **options)
+    parts = Parts(**options)
     with nullcontext() if device is None else torch.device(device):
-        layers = [MegaEncoderLayer(parts.self_attention(), parts.feed_forward()) for _ in range(num_layers)]
-        norm = parts.final_norm(affine=final_norm_affine)
+        layers = [
+            MegaEncoderLayer(parts.self_attention(embed_dim, causal=False), parts.feed_forward(embed_dim))
+            for _ in range(num_layers)
+        ]
+        norm = parts.final_norm(embed_dim, affine=final_norm_affine)
         encoder = MegaEncoder(layers, final_norm=norm, layer_drop=layer_drop, checkpoint=checkpoint)
     return encoder if dtype is None else encoder.to(dtype)

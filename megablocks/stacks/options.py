@@ -62,15 +62,11 @@ class Parts:
     """Makes the layers of a stack from one set of options.
 
     Args:
-        embed_dim: Model width $D$.
-        causal: Whether self-attention looks back only.
         options: See `LayerOptions`.
     """
 
     def __init__(
         self,
-        embed_dim: int,
-        causal: bool,
         *,
         qk_dim: int,
         value_dim: int | None = None,
@@ -89,8 +85,8 @@ class Parts:
         hidden_dropout: float = 0.0,
         feature_dropout: bool = False,
     ) -> None:
-        self.embed_dim, self.qk_dim, self.value_dim, self.ffn_dim = embed_dim, qk_dim, value_dim, ffn_dim
-        self.ema_dim, self.truncation, self.causal, self.chunk_size = ema_dim, truncation, causal, chunk_size
+        self.qk_dim, self.value_dim, self.ffn_dim = qk_dim, value_dim, ffn_dim
+        self.ema_dim, self.truncation, self.chunk_size = ema_dim, truncation, chunk_size
         self.attention = attention
         self.make_bias = _bias_maker(position_bias, qk_dim, max_positions)
         self.norm, self.prenorm = norm, prenorm
@@ -103,15 +99,15 @@ class Parts:
         }
         self.attention_dropout = attention_dropout
 
-    def self_attention(self) -> MovingAverageGatedAttention:
+    def self_attention(self, embed_dim: int, *, causal: bool) -> MovingAverageGatedAttention:
         """Returns a new moving-average gated attention layer."""
-        ema = MultiDimensionDampedEMA(self.embed_dim, self.ema_dim, causal=self.causal, truncation=self.truncation)
+        ema = MultiDimensionDampedEMA(embed_dim, self.ema_dim, causal=causal, truncation=self.truncation)
         return MovingAverageGatedAttention(
-            self.embed_dim,
+            embed_dim,
             self.qk_dim,
             value_dim=self.value_dim,
             ema=ema,
-            causal=self.causal,
+            causal=causal,
             chunk_size=self.chunk_size,
             attention=self.attention,
             position_bias=self.make_bias(),
@@ -120,10 +116,10 @@ class Parts:
             **self.dropouts,
         )
 
-    def cross_attention(self) -> GatedCrossAttention:
+    def cross_attention(self, embed_dim: int) -> GatedCrossAttention:
         """Returns a new gated cross-attention layer."""
         return GatedCrossAttention(
-            self.embed_dim,
+            embed_dim,
             self.qk_dim,
             attention=self.attention,
             position_bias=self.make_bias(),
@@ -132,15 +128,15 @@ class Parts:
             **self.dropouts,
         )
 
-    def feed_forward(self) -> NormalizedFFN | None:
+    def feed_forward(self, embed_dim: int) -> NormalizedFFN | None:
         """Returns a new feed-forward layer, or none where the options ask for none."""
         if self.ffn_dim is None:
             return None
-        return NormalizedFFN(self.embed_dim, self.ffn_dim, **self.common, **self.dropouts)
+        return NormalizedFFN(embed_dim, self.ffn_dim, **self.common, **self.dropouts)
 
-    def final_norm(self, *, affine: bool) -> SequenceNorm | None:
+    def final_norm(self, embed_dim: int, *, affine: bool) -> SequenceNorm | None:
         """Returns the norm that ends a pre-norm stack; a post-norm stack needs none."""
-        return sequence_norm(self.embed_dim, self.norm, affine=affine) if self.prenorm else None
+        return sequence_norm(embed_dim, self.norm, affine=affine) if self.prenorm else None
 
 
 def _bias_maker(name: str | None, qk_dim: int, max_positions: int | None) -> Callable[[], nn.Module | None]:
