@@ -460,3 +460,46 @@ def decoder(
         if "feed_forward" in layer:
             x = feed_forward(x, layer["feed_forward"], **block)
     return x if final_norm is None else sequence_norm(x, final_norm, norm, padding_mask=padding_mask, training=training)
+
+
+# Models
+
+
+def embedding(
+    x: Tensor,
+    table: Tensor | None = None,
+    projection: Tensor | None = None,
+    shift: Tensor | None = None,
+    *,
+    scale: bool = True,
+    norm: str | None = None,
+    norm_params: Params | None = None,
+    padding_mask: Tensor | None = None,
+    training: bool = False,
+) -> Tensor:
+    """Tokens (B, L) looked up in a table, maybe times sqrt(D), or values (B, L, inputs); projected, normalised."""
+    if table is not None:
+        width = table.shape[1] if projection is None else projection.shape[0]
+        real = x if padding_mask is None else x.masked_fill(padding_mask, 0)  # any id may stand under padding
+        x = torch.stack([table.double()[row] for row in real]) * (math.sqrt(width) if scale else 1.0)
+    x = put_back(real_rows(x, padding_mask), padding_mask)
+    if projection is not None:
+        x = linear(x, projection, shift, padding_mask=padding_mask)
+    if norm_params is None:
+        return x
+    return sequence_norm(x, norm_params, norm, padding_mask=padding_mask, training=training)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding_mask: Tensor | None = None) -> Tensor:
+    """A linear map of each token, such as that to the logits of a vocabulary, with zeros at padding."""
+    shift = 0.0 if bias is None else bias.double()
+    return put_back([row @ weight.double().T + shift for row in real_rows(x, padding_mask)], padding_mask)
+
+
+def pool(x: Tensor, name: str, *, padding_mask: Tensor | None = None) -> Tensor:
+    """The mean of each row's real tokens, or the first of them: (B, D); zeros for a row of padding."""
+    pooled = []
+    for row in real_rows(x, padding_mask):
+        empty = row.new_zeros(row.shape[1])
+        pooled.append(empty if len(row) == 0 else {"mean": row.mean(0), "first": row[0]}[name])
+    return torch.stack(pooled)

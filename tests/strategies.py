@@ -56,6 +56,16 @@ class Case:
     magnitude: float = 1.0
     padding: Mask = None
     memory_padding: Mask = None
+    feed_forward: bool = True
+    """Whether the layers of a stack have a feed-forward layer."""
+    tied: bool = True
+    """Whether a model's tables are one; if not, the embedding's has a width of its own."""
+    input_dim: int = 3
+    """That width, or the number of continuous inputs at a position."""
+    embedding_norm: bool = False
+    """Whether the embedding ends in the norm of the layers."""
+    pooling: str = "mean"
+    """How a classifier pools."""
     training: bool = False
     """Training mode, without dropout; batch statistics have a law of their own."""
     backend: str = "auto"
@@ -192,6 +202,11 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
             "memory_padding",
             no_padding if padded is False else padding_masks(batch, memory_length, always=bool(padded)),
         ),
+        feed_forward=take("feed_forward", st.booleans()),
+        tied=take("tied", st.booleans()),
+        input_dim=take("input_dim", st.integers(1, 4)),
+        embedding_norm=take("embedding_norm", st.booleans()),
+        pooling=take("pooling", st.sampled_from(["mean", "first"])),
         training=take("training", st.just(False) if norm == "batchnorm" else st.booleans()),
         backend=take("backend", st.sampled_from(["auto", *ema_backend().available])),
         cuts=take("cuts", segment_lengths(length)),

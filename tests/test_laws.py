@@ -9,7 +9,8 @@ import torch
 from hypothesis import Phase, example, given, settings
 
 import laws
-from laws import BLOCKS, Block
+from law_layers import Block
+from laws import BLOCKS
 from megablocks.functional import ema_backend
 from strategies import TOKENWISE_NORMS, Case, cases
 
@@ -20,12 +21,17 @@ def under(applies: Callable[[Block], bool] = lambda block: True) -> pytest.MarkD
 
 
 def hold(law: Callable[..., None], block: Block, case: Case, *extra: object) -> None:
-    """Holds a block to a law, its averages computed by the case's backend."""
-    with ema_backend(case.backend):
-        law(block, case, *extra)
+    """Holds a block to a law, its averages computed by the case's backend.
+
+    A block of several layers takes several times as long, so it looks at a third of the cases: those whose seed
+    divides by 3. The choice is the case's own, so a failing case still fails when it is tried again.
+    """
+    if block.depth == 1 or case.seed % 3 == 0:
+        with ema_backend(case.backend):
+            law(block, block.of(case), *extra)
 
 
-@under(lambda block: block.sequence and block.causal)
+@under(lambda block: block.sequence and block.causal and not block.pooled)
 @given(case=cases(causal=True))
 def test_causal(block, case):
     hold(laws.causal, block, case)
@@ -45,7 +51,7 @@ def test_chunks_that_hold_everything(block, case):
     hold(laws.chunks_that_hold_everything, block, case)
 
 
-@under(lambda block: block.chunked)
+@under(lambda block: block.chunked and not block.pooled)
 @given(case=cases(norm=None) | cases(norm="layernorm"))
 def test_chunk_borders(block, case):
     hold(laws.chunk_borders, block, case)
@@ -81,6 +87,7 @@ def test_states_are_values(block, case):
 @under()
 @given(case=cases())
 @example(case=Case(batch=1, length=1, embed_dim=1, qk_dim=2, ema_dim=1, prenorm=False, causal=False, magnitude=1e3))
+@example(case=Case(batch=1, length=1, embed_dim=1, qk_dim=2, value_dim=None, prenorm=False, magnitude=1e3))
 def test_oracle(block, case):
     hold(laws.oracle, block, case)
 
@@ -140,20 +147,20 @@ TO_COMPILE = {
 @pytest.mark.parametrize("name", ["chunked", "bidirectional"])
 @under(lambda block: block.sequence)
 def test_compiled(block, name):
-    laws.compiled(block, TO_COMPILE[name])
+    hold(laws.compiled, block, TO_COMPILE[name])
 
 
 @pytest.mark.compile
 @under(lambda block: not block.sequence)
 def test_compiled_without_padding(block):
-    laws.compiled(block, Case())
+    hold(laws.compiled, block, Case())
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("name", ["chunked", "truncated"])
 @under(lambda block: block.start is not None)
 def test_compiled_stream(block, name):
-    laws.compiled_stream(block, TO_COMPILE[name])
+    hold(laws.compiled_stream, block, TO_COMPILE[name])
 
 
 def test_every_law_is_tested():

@@ -80,7 +80,7 @@ class ContinuousEmbedding(nn.Module):
             inputs = inputs.unsqueeze(-1)
         check_input("inputs", inputs, self.input_dim)
         check_padding_mask("padding_mask", padding_mask, (inputs.shape[0], inputs.shape[1]))
-        x = self.projection(zero_padding(inputs, padding_mask))
+        x = self.projection(zero_padding(inputs, padding_mask)).to(inputs.dtype)  # as wide, under autocast too
         if self.norm is not None:
             x = self.norm(x, padding_mask=padding_mask)
         return zero_padding(self.dropout(x), padding_mask)

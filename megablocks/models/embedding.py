@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,9 @@ from megablocks.functional.padding import zero_padding
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
 from megablocks.layers.norm import sequence_norm
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @remembers_arguments
@@ -83,7 +87,7 @@ class TokenEmbedding(nn.Module):
             tokens = tokens.masked_fill(padding_mask, 0)
         x = self.tokens(tokens) * self.scale
         if self.projection is not None:
-            x = self.projection(x)
+            x = self.projection(x).to(x.dtype)  # as wide as a looked-up token, under autocast too
         if self.norm is not None:
             x = self.norm(x, padding_mask=padding_mask)
         return zero_padding(self.dropout(x), padding_mask)
@@ -92,14 +96,36 @@ class TokenEmbedding(nn.Module):
         __call__ = forward
 
 
+class VocabularyOutput(nn.Linear):
+    r"""The linear map to logits, without bias; its weights have variance $1 / D$."""
+
+    def reset_parameters(self) -> None:
+        """Draws the weights from a normal distribution with variance 1 over the model width."""
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+
 def vocabulary_output(embed_dim: int, vocab_size: int, embedding: nn.Module | None) -> nn.Linear:
-    """Returns the linear map to logits, without bias, sharing its weights with an embedding where one is given."""
-    output = nn.Linear(embed_dim, vocab_size, bias=False)
-    nn.init.normal_(output.weight, std=embed_dim**-0.5)
-    if embedding is None:
-        return output
-    output.weight = _table(embedding, tuple(output.weight.shape), "tie_output")
+    """Returns the linear map to logits, sharing its weights with an embedding where one is given."""
+    output = VocabularyOutput(embed_dim, vocab_size, bias=False)
+    if embedding is not None:
+        output.weight = _table(embedding, tuple(output.weight.shape), "tie_output")
     return output
+
+
+class SharedWeights(nn.Module):
+    """A module whose parts may share parameters, and go on sharing them wherever they move."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # torch makes a new parameter in each place of an old one, above all on the way from the meta device.
+        places: dict[int, list[tuple[nn.Module, str]]] = {}
+        for part in self.modules():
+            for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+                places.setdefault(id(parameter), []).append((part, name))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for (first, name), *others in places.values():
+            for part, other in others:
+                setattr(part, other, getattr(first, name))
+        return self
 
 
 def share_table(source: nn.Module, target: nn.Module) -> None:

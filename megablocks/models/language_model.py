@@ -12,14 +12,14 @@ from megablocks.functional.padding import zero_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.trace import call_for, results
-from megablocks.models.embedding import TokenEmbedding, created_on, last_real_position, vocabulary_output
+from megablocks.models.embedding import SharedWeights, TokenEmbedding, created_on, last_real_position, vocabulary_output
 from megablocks.stacks import MegaDecoder
 from megablocks.stacks.stack import set_chunk_size
 from megablocks.state import DecoderState
 
 
 @remembers_arguments
-class MegaLanguageModel(nn.Module):
+class MegaLanguageModel(SharedWeights):
     r"""Predicts the next token: embedding, causal decoder, logits.
 
     Args:

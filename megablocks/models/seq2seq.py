@@ -12,7 +12,7 @@ from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.cross_attention import check_one_memory
 from megablocks.layers.trace import call_for, results
-from megablocks.models.embedding import TokenEmbedding, created_on, share_table, vocabulary_output
+from megablocks.models.embedding import SharedWeights, TokenEmbedding, created_on, share_table, vocabulary_output
 from megablocks.models.language_model import output_logits
 from megablocks.stacks import MegaDecoder, MegaEncoder
 from megablocks.stacks.stack import set_chunk_size
@@ -20,7 +20,7 @@ from megablocks.state import DecoderState
 
 
 @remembers_arguments
-class MegaSeq2Seq(nn.Module):
+class MegaSeq2Seq(SharedWeights):
     r"""Turns one sequence into another: the encoder reads the source, the decoder predicts the target token by token.
 
     Args:

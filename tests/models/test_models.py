@@ -200,3 +200,30 @@ def test_models_live_where_they_are_made():
     half = language_model(dtype=torch.bfloat16)
     assert half.embedding.tokens.weight.dtype == torch.bfloat16
     assert half.output.weight is half.embedding.tokens.weight
+
+
+def test_shared_weights_stay_shared_wherever_they_move():
+    with torch.device("meta"):
+        models = [language_model(), translator(share_embeddings=True, tie_output=True)]
+    for model in models:
+        model.to_empty(device="cpu").to(torch.bfloat16)
+        embedding = model.embedding if isinstance(model, MegaLanguageModel) else model.target_embedding
+        assert model.output.weight is embedding.tokens.weight
+        assert model.output.weight.device.type == "cpu"
+    assert models[1].source_embedding.tokens.weight is models[1].output.weight
+
+
+def test_output_is_drawn_anew_as_it_was_drawn():
+    decoder = mega_decoder(1, 256, **SIZES)
+    output = MegaLanguageModel(decoder, 500, tie_output=False).output
+    for _ in range(2):
+        assert abs(output.weight.std().item() - 1 / 16) < 1e-3  # of 128,000 draws: eight standard deviations
+        output.reset_parameters()
+
+
+def test_embeddings_are_as_wide_under_autocast():
+    """What goes through all layers is not rounded at the door."""
+    narrow, values = language_model(input_dim=5, tie_output=False), classifier(input_dim=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert narrow.embedding(TOKENS).dtype == torch.float32
+        assert values.embedding(torch.rand(2, 5, 2)).dtype == torch.float32
