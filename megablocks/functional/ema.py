@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megablocks._checks import check_batch, check_state, check_state_shape, lookup
+from megablocks._checks import (
+    check_batch,
+    check_input,
+    check_optional_size,
+    check_padding_mask,
+    check_state,
+    check_state_shape,
+    lookup,
+)
 from megablocks.functional.padding import packed, zero_padding
 from megablocks.functional.precision import at_least_float32, without_autocast
 from megablocks.kernels import EMACoefficients
@@ -36,7 +44,9 @@ class _Kernel(Protocol):
 _KERNELS: dict[str, _Kernel] = {"recurrent": recurrent, "blocked": blocked}
 
 
-def coefficients(alpha: Tensor, delta: Tensor, beta: Tensor, eta: Tensor) -> EMACoefficients:
+def coefficients(
+    alpha: Tensor, delta: Tensor, beta: Tensor, eta: Tensor, *, dtype: torch.dtype | None = None
+) -> EMACoefficients:
     r"""Turns parameters into the coefficients of the recurrence, in float32 or wider.
 
     $$p = \sigma(\alpha)\,\sigma(\delta), \quad q = 1 - p, \quad b = \sigma(\alpha)\,\beta, \quad g = \eta / \sqrt{N}.$$
@@ -49,8 +59,9 @@ def coefficients(alpha: Tensor, delta: Tensor, beta: Tensor, eta: Tensor) -> EMA
         delta: Damping before the logistic function, $(D, N)$.
         beta: Expansion, $(D, N)$.
         eta: Projection, $(D, N)$.
+        dtype: Precision to compute in; `None` for that of the parameters, and at least float32.
     """
-    dtype = at_least_float32(alpha.dtype)
+    dtype = at_least_float32(alpha.dtype) if dtype is None else dtype
     alpha, delta, beta, eta = (parameter.to(dtype) for parameter in (alpha, delta, beta, eta))
     decay = alpha.sigmoid()
     p = decay * delta.sigmoid()
@@ -146,18 +157,31 @@ def damped_ema(
     Returns:
         $(B, L, D)$ in the dtype of `x`, zeros at padding; with a state also the state after the last real token.
 
+    Raises:
+        ValueError: If shapes do not fit, `truncation` is below 1, no backend has this name, or a state comes with a
+            bidirectional average, or was made for another batch size, other sizes or another truncation.
+        TypeError: If `padding_mask` is not bool, or the state is of another kind.
+
     Note:
         Coefficients, averages and sums are float32 or wider, under autocast and half precisions too.
     """
+    check_input("x", x, None)
     channels = x.shape[-1]
+    both = _check_parameters(channels, alpha, delta, beta, eta, omega)
+    check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
+    check_optional_size("truncation", truncation, "no truncation")
+    if state is not None:
+        if both:
+            raise ValueError("A state needs an average that looks back only, but these coefficients are bidirectional.")
+        _check_state(state, x.shape[0], channels, alpha.shape[1], truncation)
+    dtype = at_least_float32(torch.promote_types(x.dtype, alpha.dtype))
     with without_autocast(x):
-        rows = coefficients(alpha, delta, beta, eta)
-        both = alpha.shape[0] == 2 * channels
+        rows = coefficients(alpha, delta, beta, eta, dtype=dtype)
         forward = EMACoefficients(*(row[:channels] for row in rows))
         mirror = EMACoefficients(*(row[channels:] for row in rows)) if both else None
-        inputs = zero_padding(x, padding_mask).to(forward.p.dtype)
+        inputs = zero_padding(x, padding_mask).to(dtype)
         if omega is not None:
-            omega = omega.to(forward.p.dtype)
+            omega = omega.to(dtype)
         layout = None if padding_mask is None else packed(padding_mask)
         lengths = None
         if layout is not None:
@@ -167,9 +191,9 @@ def damped_ema(
         if isinstance(state, TruncatedEMAState):
             y, new_state = _truncated_segment(inputs, forward, omega, state, lengths, truncation, backend)
         else:
-            hidden = None if state is None else state.hidden
-            if truncation is not None and truncation >= x.shape[1]:
-                truncation = None
+            hidden = None if state is None else state.hidden.to(dtype)
+            if truncation is not None and not torch.compiler.is_compiling() and truncation >= x.shape[1]:
+                truncation = None  # nothing to cut
             kernel = _choose(backend, x.shape[1], truncation)
             y, after = kernel(
                 inputs,
@@ -189,10 +213,25 @@ def damped_ema(
     return y if new_state is None else (y, new_state)
 
 
-def check_ema_state(
-    state: object, batch: int, embed_dim: int, ema_dim: int, truncation: int | None
-) -> EMAState | TruncatedEMAState:
-    """Returns the state if it is one that an average of these sizes makes."""
+def _check_parameters(channels: int, alpha: Tensor, *others: Tensor | None) -> bool:
+    """Raises unless coefficients fit the input; returns whether they are bidirectional."""
+    *alike, omega = others
+    if alpha.dim() != 2 or alpha.shape[0] not in (channels, 2 * channels):
+        raise ValueError(
+            f"`alpha` must have shape ({channels}, N), or ({2 * channels}, N) for a bidirectional average, to fit an "
+            f"input of width {channels}, but has shape {tuple(alpha.shape)}."
+        )
+    for name, parameter in zip(("delta", "beta", "eta"), alike, strict=True):
+        if parameter is None or parameter.shape != alpha.shape:
+            found = None if parameter is None else tuple(parameter.shape)
+            raise ValueError(f"`{name}` must have the shape of `alpha`, {tuple(alpha.shape)}, but has {found}.")
+    if omega is not None and omega.shape != (channels,):
+        raise ValueError(f"`omega` must have shape ({channels},), but has shape {tuple(omega.shape)}.")
+    return int(alpha.shape[0]) != channels
+
+
+def _check_state(state: object, batch: int, embed_dim: int, ema_dim: int, truncation: int | None) -> None:
+    """Raises unless the state is one that an average of these sizes makes."""
     owner = "MultiDimensionDampedEMA"
     if truncation is None:
         check_state(state, EMAState, f"{owner} without truncation")
@@ -202,7 +241,6 @@ def check_ema_state(
         tensor, expected = state.inputs, (truncation, embed_dim)  # type: ignore[attr-defined]
     check_state_shape("state", tensor, expected)
     check_batch("state", tensor.shape[0], batch)
-    return state  # type: ignore[return-value]
 
 
 def _truncated_segment(
@@ -215,7 +253,7 @@ def _truncated_segment(
     backend: str,
 ) -> tuple[Tensor, TruncatedEMAState]:
     remembered = state.inputs.shape[1]
-    extended = torch.cat([state.inputs, inputs], dim=1)
+    extended = torch.cat([state.inputs.to(inputs.dtype), inputs], dim=1)
     kernel = _choose(backend, extended.shape[1], truncation)
     y, _ = kernel(extended, forward, omega=omega, truncation=truncation)
     if lengths is None:

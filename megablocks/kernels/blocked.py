@@ -40,9 +40,11 @@ def blocked(
 ) -> tuple[Tensor, Tensor | None]:
     """Runs the recurrence block by block (see `megablocks.kernels` for the contract)."""
     batch, length, channels = x.shape
-    size = min(BLOCK, length)
+    # A compiler may know the length by name only: what it traces must not depend on how the length falls.
+    traced = torch.compiler.is_compiling()
+    size = BLOCK if traced else min(BLOCK, length)
     blocks = -(-length // size)
-    padded = F.pad(x, (0, 0, 0, blocks * size - length)) if length % size else x
+    padded = F.pad(x, (0, 0, 0, blocks * size - length)) if traced or length % size else x
     # (D, B, J, T): channels outermost, because each multiplies by matrices of its own.
     cut = _transposed(padded.reshape(-1, channels)).view(channels, batch, blocks, size)
 
@@ -119,7 +121,9 @@ def _matrices(coefficients: EMACoefficients, size: int, blocks: int, truncation:
     if truncation is not None:
         # Blocks that a window covers for some of the output steps only: one or two, `whole` blocks back.
         whole = _whole_blocks(truncation, size)
-        reached = [back for back in (whole + 1, whole + 2) if (back - 1) * size + 1 < truncation and back < blocks]
+        reached = [back for back in (whole + 1, whole + 2) if (back - 1) * size + 1 < truncation]
+        if not torch.compiler.is_compiling():
+            reached = [back for back in reached if back < blocks]
         distant = [(back, _toeplitz(coefficients, size, back, truncation)) for back in reached]
     return _Matrices(_toeplitz(coefficients, size, 0, truncation), enter, leave, distant)
 
@@ -149,7 +153,7 @@ def _from_other_blocks(
 ) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
     """Pairs (operand, matrix) whose products add to each block what came before it, and the state before each."""
     blocks, size = cut.shape[2:]
-    if blocks == 1 and hidden is None:
+    if not torch.compiler.is_compiling() and blocks == 1 and hidden is None:
         return [], cut.new_zeros(*cut.shape[:3], matrices.enter.shape[-1])
     ends = torch.einsum("dbjt,dtn->dbjn", cut, matrices.enter)
     log_decay = (coefficients.log_q * size).unsqueeze(1)
@@ -157,7 +161,7 @@ def _from_other_blocks(
         ends = ends.flip(2)
     if truncation is None:
         start = torch.zeros_like(ends[:, :, 0]) if hidden is None else hidden.transpose(0, 1)
-        states = _scan(ends, log_decay, start)
+        states = _scan(ends, log_decay, start, _levels(blocks))
     else:
         states = _window(ends, log_decay, _whole_blocks(truncation, size))
     if backward:
@@ -167,20 +171,32 @@ def _from_other_blocks(
     return terms, states if truncation is None else None
 
 
-def _scan(ends: Tensor, log_decay: Tensor, start: Tensor) -> Tensor:
+def _levels(blocks: int) -> int:
+    """Levels of groups that the scan goes through; for a compiler enough for four million steps of any length."""
+    if torch.compiler.is_compiling():
+        return 3
+    levels = 0
+    while GROUP ** (levels + 1) < blocks:
+        levels += 1
+    return levels
+
+
+def _scan(ends: Tensor, log_decay: Tensor, start: Tensor, levels: int) -> Tensor:
     """State before each block: `h[0] = start`, `h[j+1] = decay h[j] + ends[j]`; ends (D, B, J, N), start (D, B, N)."""
     channels, batch, blocks, averages = ends.shape
-    if blocks <= GROUP:
+    if levels == 0:
+        if torch.compiler.is_compiling():
+            ends = F.pad(ends, (0, 0, 0, GROUP - blocks)).view(channels, batch, GROUP, averages)
         decay = torch.exp(log_decay)
         before = [start]
         for end in ends.unbind(2)[:-1]:
             before.append(torch.addcmul(end, decay, before[-1]))
-        return torch.stack(before, dim=2)
+        return torch.stack(before, dim=2)[:, :, :blocks]
     groups = -(-blocks // GROUP)
     grouped = F.pad(ends, (0, 0, 0, groups * GROUP - blocks)).reshape(channels, batch * groups, GROUP, averages)
-    local = _scan(grouped, log_decay, torch.zeros_like(grouped[:, :, 0]))
+    local = _scan(grouped, log_decay, torch.zeros_like(grouped[:, :, 0]), 0)
     totals = torch.addcmul(grouped[:, :, -1], torch.exp(log_decay), local[:, :, -1])
-    carried = _scan(totals.view(channels, batch, groups, averages), log_decay * GROUP, start)
+    carried = _scan(totals.view(channels, batch, groups, averages), log_decay * GROUP, start, levels - 1)
     steps = torch.arange(GROUP, device=ends.device).unsqueeze(-1)
     decays = torch.exp(log_decay.unsqueeze(2) * steps)  # (D, 1, GROUP, N)
     states = torch.addcmul(local, decays, carried.flatten(1, 2).unsqueeze(2))

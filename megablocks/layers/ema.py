@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, overload
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_flag, check_input, check_optional_size, check_padding_mask, check_size
-from megablocks.functional.ema import check_ema_state, damped_ema, ema_kernel
+from megablocks._checks import check_flag, check_input, check_optional_size, check_size
+from megablocks.functional.ema import damped_ema, ema_kernel
 from megablocks.functional.precision import at_least_float32
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.state import EMAState, TruncatedEMAState
@@ -151,7 +151,6 @@ class MultiDimensionDampedEMA(nn.Module):
     ) -> Tensor | tuple[Tensor, EMAState | TruncatedEMAState]:
         """Returns the averaged sequence, and with a state the state after it."""
         check_input("x", x, self.embed_dim)
-        check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
         parameters = (self.alpha, self.delta, self.beta, self.eta, self.omega)
         if state is None:
             return damped_ema(x, *parameters, truncation=self.truncation, padding_mask=padding_mask)
@@ -160,7 +159,6 @@ class MultiDimensionDampedEMA(nn.Module):
                 "A state needs `causal=True`, but this MultiDimensionDampedEMA has causal=False; "
                 "call it without a state on the whole sequence."
             )
-        state = check_ema_state(state, x.shape[0], self.embed_dim, self.ema_dim, self.truncation)
         return damped_ema(x, *parameters, truncation=self.truncation, padding_mask=padding_mask, state=state)
 
     def extra_repr(self) -> str:
