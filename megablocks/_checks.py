@@ -101,15 +101,25 @@ def check_input(name: str, x: object, width: int | None) -> None:
         raise TypeError(f"`{name}` must have a floating-point dtype, but is {x.dtype}; convert it, e.g. by `.float()`.")
 
 
+def check_features(name: str, x: Tensor, width: int | None) -> None:
+    """Raises unless `x` is a floating-point tensor of shape `(..., width)`; `None` allows any width."""
+    if width is not None and (x.dim() == 0 or x.shape[-1] != width):
+        raise ValueError(f"`{name}` must have shape (..., {width}), but has shape {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise TypeError(f"`{name}` must have a floating-point dtype, but is {x.dtype}; convert it, e.g. by `.float()`.")
+
+
 def check_padding_mask(name: str, mask: object, shape: tuple[int, int]) -> None:
     """Raises unless `mask` is `None` or a bool tensor of the given `(batch, length)`."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        if isinstance(mask, Tensor):
+            kind, remedy = str(mask.dtype), f"from a mask with 1 at real tokens, pass `{name}=mask == 0`"
+        else:
+            kind, remedy = type(mask).__name__, "make it one by `torch.as_tensor(mask)`"
         raise TypeError(
-            f"`{name}` must be a bool tensor, True at padding and False at real tokens, but is {kind}; "
-            f"from a mask with 1 at real tokens, pass `{name}=mask == 0`."
+            f"`{name}` must be a bool tensor, True at padding and False at real tokens, but is {kind}; {remedy}."
         )
     if tuple(mask.shape) != shape:
         raise ValueError(
@@ -119,11 +129,13 @@ def check_padding_mask(name: str, mask: object, shape: tuple[int, int]) -> None:
 
 
 def check_batch(name: str, found: int, expected: int) -> None:
-    """Raises unless a state's batch size is that of the input."""
+    """Raises unless the batch size of a state, or of a second input, is that of the input."""
     if found != expected:
+        state = name == "state"
+        remedy = f"use `init_state({expected})` or `megablocks.state.select_rows`" if state else "give each row one"
         raise ValueError(
-            f"`{name}` must have the batch size of the input, {expected}, but was made for {found}; "
-            f"use `init_state({expected})` or `megablocks.state.select_rows`."
+            f"`{name}` must have the batch size of the input, {expected}, but {'was made for' if state else 'has'} "
+            f"{found}; {remedy}."
         )
 
 
@@ -148,7 +160,9 @@ def check_state_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> N
 
 def values_readable(*tensors: Tensor) -> bool:
     """Whether checks of values may read these tensors: eager mode, on the CPU."""
-    return not torch.compiler.is_compiling() and all(tensor.device.type == "cpu" for tensor in tensors)
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
 
 
 def check_token_ids(name: str, ids: object, size: int, padding_mask: Tensor | None = None) -> None:
@@ -219,6 +233,20 @@ def check_generates(model: object) -> None:
             "`model` must be a MegaLanguageModel, a MegaSeq2Seq or a module called like one, "
             f"but is {type(model).__name__}{what}."
         )
+
+
+def check_positions(name: str, positions: object) -> None:
+    """Raises unless `positions` is a number of positions, at least 1, or a tensor of integers."""
+    if isinstance(positions, Tensor):
+        if positions.is_floating_point() or positions.dtype == torch.bool:
+            raise TypeError(f"`{name}` must hold integer positions, but is {positions.dtype}; convert it by `.long()`.")
+    elif isinstance(positions, bool) or not isinstance(positions, int):
+        raise TypeError(
+            f"`{name}` must be a number of positions or an integer tensor of them, but is {positions!r} "
+            f"({type(positions).__name__})."
+        )
+    else:
+        check_size(name, positions)
 
 
 def check_table(length: int, max_positions: int) -> None:

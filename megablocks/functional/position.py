@@ -59,8 +59,10 @@ def rotate(vector: Tensor, positions: Tensor) -> Tensor:
     dtype = at_least_float32(vector.dtype)
     half = vector.shape[-1] // 2
     # Angles grow with the position, so their rounding would too: float64 keeps them exact to 1e-9 at a million.
-    exponents = torch.arange(half, device=positions.device, dtype=torch.float64) / half
-    angles = positions.unsqueeze(-1).to(torch.float64) * ROTARY_BASE**-exponents
-    cosine, sine = angles.cos().to(dtype), angles.sin().to(dtype)
+    # Where a device has no float64, they are made on the CPU.
+    place = torch.device("cpu") if positions.device.type == "mps" else positions.device
+    exponents = torch.arange(half, device=place, dtype=torch.float64) / half
+    angles = positions.to(place).unsqueeze(-1).to(torch.float64) * ROTARY_BASE**-exponents
+    cosine, sine = (turn.to(dtype).to(positions.device) for turn in (angles.cos(), angles.sin()))
     first, second = vector.to(dtype).chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)

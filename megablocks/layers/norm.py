@@ -8,7 +8,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megablocks._checks import check_flag, check_input, check_padding_mask, check_size, lookup
+from megablocks._checks import (
+    check_features,
+    check_flag,
+    check_input,
+    check_number,
+    check_padding_mask,
+    check_size,
+    lookup,
+)
 from megablocks.functional.padding import zero_padding
 from megablocks.functional.precision import at_least_float32
 from megablocks.layers.arguments import remembers_arguments
@@ -48,7 +56,7 @@ class ScaleNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps = check_number("eps", eps, minimum=0)
         scale = torch.ones(1, device=device, dtype=dtype)
         self.register_parameter("weight", nn.Parameter(scale) if check_flag("affine", affine) else None)
 
@@ -59,6 +67,7 @@ class ScaleNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalised tokens."""
+        check_features("x", x, None)
         return _root_mean_square_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
@@ -105,7 +114,7 @@ class RMSNorm(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_dim = check_size("embed_dim", embed_dim)
-        self.eps = eps
+        self.eps = check_number("eps", eps, minimum=0)
         scale = torch.ones(embed_dim, device=device, dtype=dtype)
         self.register_parameter("weight", nn.Parameter(scale) if check_flag("affine", affine) else None)
 
@@ -116,6 +125,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalised tokens."""
+        check_features("x", x, self.embed_dim)
         return _root_mean_square_norm(x, self.weight, self.eps)
 
     def extra_repr(self) -> str:
@@ -225,6 +235,7 @@ def _named_norm(
     dtype: torch.dtype | None,
 ) -> nn.Module:
     check_flag("affine", affine)
+    check_number("eps", eps, minimum=0)
     makers = {
         "layernorm": lambda: nn.LayerNorm(embed_dim, eps=eps, elementwise_affine=affine, device=device, dtype=dtype),
         "scalenorm": lambda: ScaleNorm(eps=eps, affine=affine, device=device, dtype=dtype),
@@ -271,7 +282,7 @@ def _batch_statistics(
             _follow(norm, norm.running_mean, mean, count)
             _follow(norm, norm.running_var, unbiased, count)
             if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
+                norm.num_batches_tracked.add_((count > 0).to(norm.num_batches_tracked.dtype))
     return mean, variance
 
 

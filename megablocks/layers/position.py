@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_even, check_size, check_table
+from megablocks._checks import check_even, check_positions, check_size, check_table, values_readable
 from megablocks.functional.position import rotary_bias, simple_bias
 from megablocks.layers.arguments import remembers_arguments
 
@@ -28,7 +28,8 @@ class SimpleRelativeBias(nn.Module):
         - output: $(L, S)$ or $(B, L, S)$.
 
     Raises:
-        ValueError: If more than `max_positions` positions are asked for.
+        ValueError: If two positions lie further apart than the table reaches (said in eager mode on the CPU; elsewhere
+            the outermost entries stand in). Layers count the slots of a call, padding included, and say so everywhere.
 
     Example:
         >>> bias = SimpleRelativeBias(8)
@@ -56,13 +57,11 @@ class SimpleRelativeBias(nn.Module):
     def forward(
         self, query: int | Tensor, key: int | Tensor | None = None, *, query_offset: int | Tensor = 0
     ) -> Tensor:
-        """Returns the bias of queries, shifted by `query_offset`, for keys; without `key`, keys are the queries."""
+        """Returns the bias of queries, shifted by `query_offset`, for keys; without `key`, at the unshifted queries."""
         queries, keys = _positions(query, key, query_offset, self.weight.device)
-        spans = [x for x in (query, query if key is None else key) if isinstance(x, int)]
-        if isinstance(query, int) and isinstance(query_offset, int):
-            spans.append(query + query_offset)
-        for span in spans:
-            check_table(span, self.max_positions)
+        if values_readable(queries, keys):
+            furthest = max(int(keys.max() - queries.min()), int(queries.max() - keys.min()))
+            check_table(furthest + 1, self.max_positions)
         return simple_bias(self.weight, queries, keys)
 
     def extra_repr(self) -> str:
@@ -125,7 +124,7 @@ class RotaryRelativeBias(nn.Module):
     def forward(
         self, query: int | Tensor, key: int | Tensor | None = None, *, query_offset: int | Tensor = 0
     ) -> Tensor:
-        """Returns the bias of queries, shifted by `query_offset`, for keys; without `key`, keys are the queries."""
+        """Returns the bias of queries, shifted by `query_offset`, for keys; without `key`, at the unshifted queries."""
         return rotary_bias(self.alpha, self.beta, *_positions(query, key, query_offset, self.alpha.device))
 
     def extra_repr(self) -> str:
@@ -140,6 +139,8 @@ def _positions(
     query: int | Tensor, key: int | Tensor | None, query_offset: int | Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Positions of queries and keys; an offset of shape (B,) gives each row its own."""
+    check_positions("query", query)
+    check_positions("key", 1 if key is None else key)
     offset = query_offset.unsqueeze(-1) if isinstance(query_offset, Tensor) else query_offset
     queries = torch.arange(query, device=device) if isinstance(query, int) else query
     keys = queries if key is None else torch.arange(key, device=device) if isinstance(key, int) else key
