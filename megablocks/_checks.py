@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -258,8 +258,30 @@ def check_table(length: int, max_positions: int) -> None:
         )
 
 
-def check_modules(name: str, modules: Iterable[Any]) -> list[nn.Module]:
+def check_module(name: str, module: object, like: str) -> None:
+    """Raises unless `module` is a module; `like` says what is meant."""
+    if not isinstance(module, nn.Module):
+        found = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
+        raise TypeError(f"`{name}` must be {like}, or a module called like one, but is {found}.")
+
+
+def check_streaming_part(name: str, module: object, like: str) -> None:
+    """Raises unless `module` is a module with an `init_state`."""
+    check_module(name, module, like)
+    if not hasattr(module, "init_state"):
+        raise TypeError(
+            f"`{name}` must be {like}, or a module called like one with an `init_state`, but is a "
+            f"{type(module).__name__}, which has none."
+        )
+
+
+def check_modules(name: str, modules: object) -> list[nn.Module]:
     """Returns the modules as a list, at least one and nothing else."""
+    if not isinstance(modules, Iterable) or isinstance(modules, str):
+        raise TypeError(
+            f"`{name}` must be a list of modules, but is {type(modules).__name__}; a single one goes in a list, "
+            f"`[{name.removesuffix('s')}]`."
+        )
     listed = list(modules)
     for index, module in enumerate(listed):
         if not isinstance(module, nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -186,11 +188,6 @@ class SequenceNorm(nn.Module):
         self.embed_dim = check_size("embed_dim", embed_dim)
         self.norm = norm if isinstance(norm, nn.Module) else _named_norm(embed_dim, norm, affine, eps, device, dtype)
 
-    @property
-    def mixes_tokens(self) -> bool:
-        """Whether a token's result depends on other tokens, as with batch statistics."""
-        return isinstance(self.norm, nn.modules.batchnorm._BatchNorm)
-
     def reset_parameters(self) -> None:
         """Sets scales to one, shifts to zero and running averages back, as far as the norm has them."""
         reset = getattr(self.norm, "reset_parameters", None)
@@ -266,6 +263,20 @@ def _batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, padding_mask: 
     return y.to(x.dtype)
 
 
+class _Recomputing:
+    active = False
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """While activations are computed again for a backward pass, running averages have seen this batch already."""
+    before, _Recomputing.active = _Recomputing.active, True
+    try:
+        yield
+    finally:
+        _Recomputing.active = before
+
+
 def _batch_statistics(
     x: Tensor, norm: nn.modules.batchnorm._BatchNorm, padding_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -276,7 +287,7 @@ def _batch_statistics(
     mean = _summed(x.sum((0, 1)), together) / present
     centred = (x - mean) * real.unsqueeze(-1)
     variance = _summed(centred.square().sum((0, 1)), together) / present
-    if norm.training and norm.running_mean is not None and norm.running_var is not None:
+    if norm.training and not _Recomputing.active and norm.running_mean is not None and norm.running_var is not None:
         with torch.no_grad():
             unbiased = variance * (present / (present - 1).clamp(min=1))
             _follow(norm, norm.running_mean, mean, count)

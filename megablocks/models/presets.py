@@ -152,6 +152,8 @@ def preset(name: str, **overrides: Any) -> Model:
     """
     entry = lookup("name", name, PRESETS)
     options = {**dict(zip(_SIZES, entry.sizes, strict=True)), **entry.options, **overrides}
+    if options.get("position_bias") != "simple" and "max_positions" not in overrides:
+        options.pop("max_positions", None)  # the preset's table goes with the preset's bias
     model_options = set(inspect.signature(entry.kind).parameters) - {"encoder", "decoder"}
     unknown = sorted(set(options) - _STACK_OPTIONS - model_options)
     if unknown:

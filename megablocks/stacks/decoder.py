@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_input, check_padding_mask, check_size, check_state
+from megablocks._checks import (
+    check_batch,
+    check_input,
+    check_module,
+    check_padding_mask,
+    check_size,
+    check_state,
+    check_streaming_part,
+)
 from megablocks.functional.padding import zero_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.cross_attention import check_one_memory
 from megablocks.layers.gated_attention import refuse_future
 from megablocks.layers.trace import call_for, results
-from megablocks.stacks.options import LayerOptions, Parts
+from megablocks.stacks.options import LayerOptions, layer_parts
 from megablocks.stacks.stack import Stack, merged_trace
 from megablocks.state import DecoderLayerState, DecoderState
 
@@ -63,6 +71,11 @@ class MegaDecoderLayer(nn.Module):
         feed_forward: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        check_module("attention", attention, "a MovingAverageGatedAttention")
+        if cross_attention is not None:
+            check_streaming_part("cross_attention", cross_attention, "a GatedCrossAttention")
+        if feed_forward is not None:
+            check_module("feed_forward", feed_forward, "a NormalizedFFN")
         self.attention = attention
         self.cross_attention = cross_attention
         self.feed_forward = feed_forward
@@ -88,7 +101,7 @@ class MegaDecoderLayer(nn.Module):
         capacity: int | None = None,
     ) -> DecoderLayerState:
         """Returns the state before the first token; see `MegaDecoder.init_state`."""
-        self._check_memory(memory)
+        self._check_memory(memory, memory_padding_mask)
         fixed = {} if capacity is None else {"capacity": capacity}
         attention = self.attention.init_state(batch_size, **fixed)  # type: ignore[operator]
         cross = None
@@ -143,7 +156,7 @@ class MegaDecoderLayer(nn.Module):
     ) -> Any:
         """Returns the layer's output; see the class for what `state` and `trace` add."""
         if state is None:
-            self._check_memory(memory)
+            self._check_memory(memory, memory_padding_mask)
         else:
             check_one_memory(memory, memory_padding_mask, state)
             check_state(state, DecoderLayerState, "MegaDecoderLayer")
@@ -159,14 +172,8 @@ class MegaDecoderLayer(nn.Module):
         new_state = None if state is None else DecoderLayerState(inner, cross)
         return results(x, merged_trace([], traces) if trace else None, new_state)
 
-    def _check_memory(self, memory: Tensor | None) -> None:
-        if self.cross_attention is not None:
-            check_one_memory(memory, None, None)
-        elif memory is not None:
-            raise ValueError(
-                "This MegaDecoderLayer has no cross-attention, but got a `memory`; "
-                "make it with `cross_attention=GatedCrossAttention(...)`, or leave the memory out."
-            )
+    def _check_memory(self, memory: Tensor | None, memory_padding_mask: Tensor | None) -> None:
+        check_memory("MegaDecoderLayer", self.takes_memory, memory, memory_padding_mask)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -241,7 +248,9 @@ class MegaDecoder(Stack):
             capacity: Without chunks, the most tokens that the state will ever hold, in tensors of fixed shape;
                 `None` for keys that grow with every call.
         """
-        self._check_memory(memory)
+        self._check_memory(memory, memory_padding_mask)
+        if memory is not None:
+            check_batch("memory", memory.shape[0], batch_size)
         fixed = {} if capacity is None else {"capacity": capacity}
         states = []
         for layer in self.layers:
@@ -293,7 +302,7 @@ class MegaDecoder(Stack):
         check_input("x", x, self._width)
         check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
         if state is None:
-            self._check_memory(memory)
+            self._check_memory(memory, memory_padding_mask)
         else:
             check_one_memory(memory, memory_padding_mask, state)
             check_state(state, DecoderState, "MegaDecoder")
@@ -316,14 +325,8 @@ class MegaDecoder(Stack):
         new_state = None if state is None else DecoderState(tuple(after for _, after in extras))
         return results(x, seen, new_state)
 
-    def _check_memory(self, memory: Tensor | None) -> None:
-        if self.takes_memory:
-            check_one_memory(memory, None, None)
-        elif memory is not None:
-            raise ValueError(
-                "This MegaDecoder has no cross-attention, but got a `memory`; "
-                "make its layers with `cross_attention=GatedCrossAttention(...)`, or leave the memory out."
-            )
+    def _check_memory(self, memory: Tensor | None, memory_padding_mask: Tensor | None) -> None:
+        check_memory("MegaDecoder", self.takes_memory, memory, memory_padding_mask)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -360,7 +363,7 @@ def mega_decoder(
         torch.Size([2, 10, 32])
     """
     check_size("num_layers", num_layers)
-    parts = Parts(**options)
+    parts = layer_parts(options)
     with nullcontext() if device is None else torch.device(device):
         layers = [
             MegaDecoderLayer(
@@ -373,6 +376,18 @@ def mega_decoder(
         norm = parts.final_norm(embed_dim, affine=final_norm_affine)
         decoder = MegaDecoder(layers, final_norm=norm, layer_drop=layer_drop, checkpoint=checkpoint)
     return decoder if dtype is None else decoder.to(dtype)
+
+
+def check_memory(owner: str, takes: bool, memory: Tensor | None, memory_padding_mask: Tensor | None) -> None:
+    """Raises unless a memory is given where one is attended to, and only there, and its mask only with it."""
+    if takes:
+        check_one_memory(memory, None, None)
+    elif memory is not None or memory_padding_mask is not None:
+        what = "memory" if memory is not None else "memory_padding_mask"
+        raise ValueError(
+            f"This {owner} has no cross-attention, but got a `{what}`; make its layers with "
+            f"`cross_attention=GatedCrossAttention(...)`, or leave the {what} out."
+        )
 
 
 def _takes_memory(layer: nn.Module) -> bool:

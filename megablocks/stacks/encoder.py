@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_input, check_padding_mask, check_size
+from megablocks._checks import check_input, check_module, check_padding_mask, check_size
 from megablocks.functional.padding import zero_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.trace import results
-from megablocks.stacks.options import LayerOptions, Parts
+from megablocks.stacks.options import LayerOptions, layer_parts
 from megablocks.stacks.stack import Stack, merged_trace
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ class MegaEncoderLayer(nn.Module):
 
     def __init__(self, attention: nn.Module, feed_forward: nn.Module | None = None) -> None:
         super().__init__()
+        check_module("attention", attention, "a MovingAverageGatedAttention")
+        if feed_forward is not None:
+            check_module("feed_forward", feed_forward, "a NormalizedFFN")
         self.attention = attention
         self.feed_forward = feed_forward
 
@@ -172,7 +175,7 @@ def mega_encoder(
         torch.Size([2, 10, 32])
     """
     check_size("num_layers", num_layers)
-    parts = Parts(**options)
+    parts = layer_parts(options)
     with nullcontext() if device is None else torch.device(device):
         layers = [
             MegaEncoderLayer(parts.self_attention(embed_dim, causal=False), parts.feed_forward(embed_dim))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypedDict
 
 from torch import Tensor, nn
@@ -85,6 +85,12 @@ class Parts:
         hidden_dropout: float = 0.0,
         feature_dropout: bool = False,
     ) -> None:
+        for name, value in {"norm": norm, "activation": activation, "attention": attention}.items():
+            if isinstance(value, nn.Module):
+                raise TypeError(
+                    f"`{name}` must be a name or a function here, because all layers would share one module, but is a "
+                    f"{type(value).__name__}; make the layers yourself, each with a module of its own."
+                )
         self.qk_dim, self.value_dim, self.ffn_dim = qk_dim, value_dim, ffn_dim
         self.ema_dim, self.truncation, self.chunk_size = ema_dim, truncation, chunk_size
         self.attention = attention
@@ -137,6 +143,21 @@ class Parts:
     def final_norm(self, embed_dim: int, *, affine: bool) -> SequenceNorm | None:
         """Returns the norm that ends a pre-norm stack; a post-norm stack needs none."""
         return sequence_norm(embed_dim, self.norm, affine=affine) if self.prenorm else None
+
+
+def layer_parts(options: Mapping[str, Any]) -> Parts:
+    """Returns what makes layers with these options.
+
+    Raises:
+        TypeError: If an option is unknown, or `qk_dim` is missing.
+    """
+    known = LayerOptions.__annotations__
+    for name in options:
+        if name not in known:
+            raise TypeError(f"`{name}` is not an option of a layer; those are {', '.join(known)}.")
+    if "qk_dim" not in options:
+        raise TypeError("`qk_dim` must be given: it is the width of queries and keys.")
+    return Parts(**options)
 
 
 def _bias_maker(name: str | None, qk_dim: int, max_positions: int | None) -> Callable[[], nn.Module | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from megablocks._checks import check_flag, check_modules, check_optional_size, check_probability
 from megablocks.layers import Trace
-from megablocks.layers.norm import SequenceNorm, sequence_norm
+from megablocks.layers.norm import SequenceNorm, recomputing, sequence_norm
 
 
 class Stack(nn.Module):
@@ -66,7 +67,7 @@ class Stack(nn.Module):
             hidden_states.append(x)
         for index, layer in enumerate(self.layers):
             if self.checkpoint and self.training and torch.is_grad_enabled():
-                y, *extra = recomputed(call, layer, index, x, use_reentrant=False)
+                y, *extra = recomputed(call, layer, index, x, use_reentrant=False, **_contexts(layer))
             else:
                 y, *extra = call(layer, index, x)
             if self.training and self.layer_drop:
@@ -80,6 +81,13 @@ class Stack(nn.Module):
 
     def _finished(self, x: Tensor, padding_mask: Tensor | None) -> Tensor:
         return x if self.final_norm is None else self.final_norm(x, padding_mask=padding_mask)
+
+
+def _contexts(layer: nn.Module) -> dict[str, Any]:
+    """How a layer is computed again: with batch statistics, without counting the batch a second time."""
+    if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in layer.modules()):
+        return {"context_fn": lambda: (nullcontext(), recomputing())}
+    return {}
 
 
 def set_chunk_size(module: nn.Module, chunk_size: int | None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from laws import assert_close, assert_same
 from megablocks.functional import damped_ema, ema_backend, ema_kernel
 from megablocks.functional.ema import coefficients
+from megablocks.state import EMAState
 
 SATURATED = (20.0, 100.0, 1000.0, -20.0, -100.0, -1000.0)
 
@@ -136,3 +137,45 @@ def test_an_unknown_backend_is_answered_with_the_known(ask):
         ValueError, match=r"^`backend` must be one of 'recurrent', 'blocked'.*, or 'auto', but is 'fft'\.$"
     ):
         ask("fft")
+
+
+def test_arguments_that_do_not_fit_are_named():
+    x, params = torch.randn(2, 5, 3), [torch.randn(3, 2) for _ in range(4)]
+    both = [torch.cat([parameter, parameter]) for parameter in params]
+    state = EMAState(torch.zeros(2, 3, 2))
+    with pytest.raises(
+        ValueError, match=r"^A state needs an average that looks back only, but these coefficients are bid"
+    ):
+        damped_ema(x, *both, state=state)
+    with pytest.raises(
+        TypeError, match=r"^`state` of MultiDimensionDampedEMA with truncation=3 must be TruncatedEMAState"
+    ):
+        damped_ema(x, *params, truncation=3, state=state)
+    with pytest.raises(
+        ValueError, match=r"^`truncation` must be at least 1, but is 0; use `None` for no truncation\.$"
+    ):
+        damped_ema(x, *params, truncation=0)
+    with pytest.raises(
+        ValueError, match=r"^`alpha` must have shape \(3, N\), or \(6, N\) for a bidirectional average, to fit"
+    ):
+        damped_ema(x, torch.randn(9, 2), *params[1:])
+    with pytest.raises(ValueError, match=r"^`eta` must have the shape of `alpha`, \(3, 2\), but has \(3, 4\)\.$"):
+        damped_ema(x, *params[:3], torch.randn(3, 4))
+    with pytest.raises(ValueError, match=r"^`omega` must have shape \(3,\), but has shape \(2,\)\.$"):
+        damped_ema(x, *params, torch.randn(2))
+    with pytest.raises(ValueError, match=r"^`x` must have shape \(batch, length, width\), but has shape \(5, 3\); "):
+        damped_ema(x[0], *params)
+
+
+@pytest.mark.parametrize("length", [1, 5, 70])
+def test_a_state_follows_a_change_of_precision(length):
+    params, x = [torch.randn(3, 2) for _ in range(4)], torch.randn(2, length, 3)
+    narrow, wide = EMAState(torch.randn(2, 3, 2)), [parameter.double() for parameter in params]
+    y, after = damped_ema(x.double(), *wide, state=narrow)
+    expected, _ = damped_ema(x.double(), *wide, state=EMAState(narrow.hidden.double()))
+    assert after.hidden.dtype == torch.float64
+    torch.testing.assert_close(y, expected)
+    y, after = damped_ema(x, *params, state=EMAState(narrow.hidden.double()))
+    assert (y.dtype, after.hidden.dtype) == (torch.float32, torch.float32)
+    # A wide input to narrow params is computed as widely as it is returned.
+    torch.testing.assert_close(damped_ema(x.double(), *params), damped_ema(x.double(), *wide))

@@ -81,6 +81,11 @@ def test_chunk_size_changes_at_test_time():
     assert {layer.attention.chunk_size for layer in model.decoder.layers} == {4096}
 
 
+def test_a_preset_with_another_bias_needs_no_table():
+    model = preset("lra_text", position_bias="rotary", num_layers=1, embed_dim=8, qk_dim=4, value_dim=8, ffn_dim=8)
+    assert type(model.encoder.layers[0].attention.position_bias).__name__ == "RotaryRelativeBias"
+
+
 def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(ValueError, match=r"^`name` must be one of 'lra_listops', .*'wmt', but is 'gpt2'\.$"):
         preset("gpt2")

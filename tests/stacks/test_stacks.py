@@ -222,3 +222,65 @@ def test_calls_that_cannot_be_right_are_answered():
         TypeError, match=r"^`padding_mask` must be a bool tensor, True at padding and False at real tokens"
     ):
         MegaEncoder([MegaEncoderLayer(bidirectional())])(x, padding_mask=torch.ones(2, 5))
+
+
+def test_checkpointing_counts_a_batch_once():
+    encoders = [mega_encoder(2, 8, norm="batchnorm", checkpoint=checkpoint, **SIZES) for checkpoint in (False, True)]
+    encoders[1].load_state_dict(encoders[0].state_dict())
+    x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [True, False, False, True, False]])
+    for encoder in encoders:
+        encoder.train()(x, padding_mask=mask).sum().backward()
+    for (name, one), other in zip(encoders[0].named_buffers(), encoders[1].buffers(), strict=True):
+        assert torch.equal(one, other), name
+
+
+def test_a_bare_average_is_a_layer_too():
+    decoder = MegaDecoder([MultiDimensionDampedEMA(8, 2), MovingAverageGatedAttention(8, 4, chunk_size=3)]).eval()
+    x = torch.randn(2, 8, 8)
+    first, state = decoder(x[:, :5], state=decoder.init_state(2))
+    rest, _ = decoder(x[:, 5:], state=state)
+    torch.testing.assert_close(torch.cat([first, rest], dim=1), decoder(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mega_encoder(2, 8), r"^`qk_dim` must be given: it is the width of queries and keys\.$"),
+        (
+            lambda: mega_encoder(2, 8, qk_dim=4, ema=8),
+            r"^`ema` is not an option of a layer; those are qk_dim, value_dim, ",
+        ),
+        (
+            lambda: mega_encoder(2, 8, qk_dim=4, norm=nn.LayerNorm(8)),
+            r"^`norm` must be a name or a function here, because all layers would share one module, but is a LayerNo",
+        ),
+        (
+            lambda: MegaEncoder(bidirectional()),
+            r"^`layers` must be a list of modules, but is MovingAverageGatedAttention; ",
+        ),
+        (lambda: MegaEncoder(3), r"^`layers` must be a list of modules, but is int; a single one goes in a list"),
+        (
+            lambda: MegaEncoderLayer("attention"),
+            r"^`attention` must be a MovingAverageGatedAttention, or a module called like one, but is a str\.$",
+        ),
+        (
+            lambda: MegaDecoderLayer(MovingAverageGatedAttention(8, 4), NormalizedFFN(8, 12)),
+            r"^`cross_attention` must be a GatedCrossAttention, .* but is a NormalizedFFN, which has none\.$",
+        ),
+    ],
+)
+def test_parts_that_are_none_are_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_a_memory_of_another_batch_is_refused():
+    crossed = mega_decoder(1, 8, cross_attention=True, **SIZES)
+    with pytest.raises(
+        ValueError, match=r"^`memory` must have the batch size of the input, 3, but has 2; give each row one"
+    ):
+        crossed.init_state(3, torch.randn(2, 6, 8))
+    with pytest.raises(
+        ValueError, match=r"^This MegaDecoder has no cross-attention, but got a `memory_padding_mask`; "
+    ):
+        mega_decoder(1, 8, **SIZES)(torch.randn(2, 5, 8), memory_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
