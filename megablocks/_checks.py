@@ -85,6 +85,15 @@ def lookup(name: str, key: object, table: Mapping[str, T], *, others: str = "") 
     raise ValueError(f"`{name}` must be one of {known}{others}, but is {key!r}.")
 
 
+def check_tensor(name: str, x: object, dims: int | None = None) -> None:
+    """Raises unless `x` is a tensor, with `dims` dimensions where given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"`{name}` must be a tensor, but is {type(x).__name__}; make it one by `torch.as_tensor`.")
+    if dims is not None and x.dim() != dims:
+        shape = "(batch, length)" if dims == 2 else f"{dims} dimensions"
+        raise ValueError(f"`{name}` must have shape {shape}, but has shape {tuple(x.shape)}.")
+
+
 def check_input(name: str, x: object, width: int | None) -> None:
     """Raises unless `x` is a floating-point tensor of shape `(B, L, width)` with `L >= 1`; `None` allows any width."""
     shape = f"(batch, length, {'width' if width is None else width})"

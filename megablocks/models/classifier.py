@@ -13,13 +13,17 @@ from megablocks._checks import (
     check_batch,
     check_flag,
     check_input,
+    check_module,
     check_optional_size,
     check_padding_mask,
+    check_probability,
     check_size,
+    check_tensor,
     lookup,
 )
 from megablocks.functional.activation import activation_function
 from megablocks.functional.padding import zero_padding
+from megablocks.functional.precision import at_least_float32
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
@@ -94,7 +98,9 @@ def _mean(x: Tensor, padding_mask: Tensor | None) -> Tensor:
     if padding_mask is None:
         return x.mean(1)
     count = (~padding_mask).sum(1, keepdim=True).clamp(min=1)
-    return zero_padding(x, padding_mask).sum(1) / count.to(x.dtype)
+    # Summed widely: in half precision a long row would overflow.
+    total = zero_padding(x, padding_mask).sum(1, dtype=at_least_float32(x.dtype))
+    return (total / count).to(x.dtype)
 
 
 def _first(x: Tensor, padding_mask: Tensor | None) -> Tensor:
@@ -172,6 +178,9 @@ class MegaClassifier(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_module("encoder", encoder, "a MegaEncoder")
+        check_flag("scale_embedding", scale_embedding)
+        check_probability("embedding_dropout", embedding_dropout)
         width = encoder.embed_dim
         self.num_classes = check_size("num_classes", num_classes)
         self.pair = check_flag("pair", pair)
@@ -239,6 +248,7 @@ class MegaClassifier(nn.Module):
             raise ValueError("`second_padding_mask` belongs to `second`, but there is none; leave it out.")
         representation, seen = self._represent(inputs, padding_mask, trace)
         if second is not None:
+            check_tensor("second", second)
             check_batch("second", second.shape[0], inputs.shape[0])
             other, seen_other = self._represent(second, second_padding_mask, trace)
             representation = torch.cat([other, representation], dim=-1)

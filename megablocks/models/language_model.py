@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_flag, check_size
+from megablocks._checks import check_flag, check_probability, check_size, check_streaming_part
 from megablocks.functional.padding import zero_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
+from megablocks.layers.gated_attention import refuse_future
 from megablocks.layers.trace import call_for, results
 from megablocks.models.embedding import SharedWeights, TokenEmbedding, created_on, last_real_position, vocabulary_output
 from megablocks.stacks import MegaDecoder
@@ -74,12 +75,15 @@ class MegaLanguageModel(SharedWeights):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_streaming_part("decoder", decoder, "a MegaDecoder")
         if getattr(decoder, "takes_memory", False):
             raise ValueError(
                 "A MegaLanguageModel needs a decoder without cross-attention, but this one attends to a memory; "
                 "use MegaSeq2Seq."
             )
         check_flag("tie_output", tie_output)
+        check_flag("scale_embedding", scale_embedding)
+        check_probability("embedding_dropout", embedding_dropout)
         self.vocab_size = check_size("vocab_size", vocab_size)
         with created_on(device):
             if embedding is None:
@@ -96,6 +100,7 @@ class MegaLanguageModel(SharedWeights):
         self.embedding = embedding.to(dtype=dtype)
         self.decoder = decoder
         self.output = output.to(dtype=dtype)
+        refuse_future(self)
 
     def init_state(self, batch_size: int, *, capacity: int | None = None) -> DecoderState:
         """Returns the state before the first token; see `MegaDecoder.init_state` for `capacity`."""
@@ -157,16 +162,23 @@ class MegaLanguageModel(SharedWeights):
         """Returns the logits; see the class for what `state`, `last_only` and `trace` change."""
         x = self.embedding(tokens, padding_mask=padding_mask)
         x, seen, new_state = call_for(self.decoder, x, state, trace, padding_mask=padding_mask)
-        logits = output_logits(self.output, x, padding_mask, last_only)
+        logits = output_logits(self.output, x, padding_mask, last_only, self.vocab_size)
         return results(logits, seen, new_state)
 
     if TYPE_CHECKING:
         __call__ = forward
 
 
-def output_logits(output: nn.Module, x: Tensor, padding_mask: Tensor | None, last_only: bool) -> Tensor:
+def output_logits(
+    output: nn.Module, x: Tensor, padding_mask: Tensor | None, last_only: bool, vocab_size: int
+) -> Tensor:
     """Maps the decoder's output to logits, of all positions or of the last real one of each row."""
     if last_only:
-        logits: Tensor = output(last_real_position(x, padding_mask))
-        return logits if padding_mask is None else zero_padding(logits, padding_mask.all(1, keepdim=True))
-    return zero_padding(output(x), padding_mask)
+        x = last_real_position(x, padding_mask)
+        padding_mask = None if padding_mask is None else padding_mask.all(1, keepdim=True)
+    logits: Tensor = output(x)
+    if logits.shape[-1] != vocab_size:
+        raise ValueError(
+            f"`output` must give one logit for each of `vocab_size`={vocab_size} tokens, but gave {logits.shape[-1]}."
+        )
+    return zero_padding(logits, padding_mask)

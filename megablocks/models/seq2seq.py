@@ -7,10 +7,21 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_batch, check_flag, check_optional_size, check_size
+from megablocks._checks import (
+    check_batch,
+    check_flag,
+    check_module,
+    check_optional_size,
+    check_padding_mask,
+    check_probability,
+    check_size,
+    check_streaming_part,
+    check_tensor,
+)
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.cross_attention import check_one_memory
+from megablocks.layers.gated_attention import refuse_future
 from megablocks.layers.trace import call_for, results
 from megablocks.models.embedding import SharedWeights, TokenEmbedding, created_on, share_table, vocabulary_output
 from megablocks.models.language_model import output_logits
@@ -28,7 +39,8 @@ class MegaSeq2Seq(SharedWeights):
         decoder: A `MegaDecoder` with cross-attention, of the encoder's width.
         source_vocab_size: Number of source tokens.
         target_vocab_size: Number of target tokens; `None` for the source's.
-        share_embeddings: Whether source and target share one embedding; they then have one vocabulary.
+        share_embeddings: Whether source and target share one table; they then have one vocabulary. Norms and
+            projections behind it stay their own.
         target_input_dim: Width of the target's embedding table, projected to the model's; `None` for the model's.
         scale_embedding: Whether to multiply embeddings by the square root of the model width.
         embedding_norm: Name of a norm behind each embedding; `None` for none.
@@ -88,7 +100,12 @@ class MegaSeq2Seq(SharedWeights):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_module("encoder", encoder, "a MegaEncoder")
+        check_streaming_part("decoder", decoder, "a MegaDecoder")
         check_size("source_vocab_size", source_vocab_size)
+        check_flag("tie_output", tie_output)
+        check_flag("scale_embedding", scale_embedding)
+        check_probability("embedding_dropout", embedding_dropout)
         same = "the source's vocabulary"
         target_size = check_optional_size("target_vocab_size", target_vocab_size, same) or source_vocab_size
         self.vocab_size = target_size
@@ -117,13 +134,15 @@ class MegaSeq2Seq(SharedWeights):
             if share_embeddings:
                 share_table(source_embedding, target_embedding)
             if output is None:
-                tied = target_embedding if check_flag("tie_output", tie_output) else None
+                tied = target_embedding if tie_output else None
                 output = vocabulary_output(decoder.embed_dim, target_size, tied)
         self.source_embedding = source_embedding.to(dtype=dtype)
         self.target_embedding = target_embedding.to(dtype=dtype)
         self.encoder = encoder
         self.decoder = decoder
         self.output = output.to(dtype=dtype)
+        for part in (self.target_embedding, self.decoder, self.output):
+            refuse_future(part)
 
     @staticmethod
     def _check_parts(encoder: MegaEncoder, decoder: MegaDecoder) -> None:
@@ -139,6 +158,8 @@ class MegaSeq2Seq(SharedWeights):
 
     def encode(self, source: Tensor, source_padding_mask: Tensor | None = None) -> Tensor:
         """Returns the memory of a source, $(B, M, D)$."""
+        check_tensor("source", source, 2)
+        check_padding_mask("source_padding_mask", source_padding_mask, (source.shape[0], source.shape[1]))
         x = self.source_embedding(source, padding_mask=source_padding_mask)
         memory: Tensor = self.encoder(x, padding_mask=source_padding_mask)
         return memory
@@ -218,15 +239,18 @@ class MegaSeq2Seq(SharedWeights):
         """Returns the logits; see the class for what `state`, `last_only` and `trace` change."""
         if target is None:
             raise ValueError("MegaSeq2Seq needs `target`, the tokens that the decoder reads, but got none.")
+        check_tensor("target", target, 2)
+        check_padding_mask("target_padding_mask", target_padding_mask, (target.shape[0], target.shape[1]))
         check_one_memory(source, source_padding_mask, state, name="source")
         x = self.target_embedding(target, padding_mask=target_padding_mask)
         given: dict[str, Any] = {"padding_mask": target_padding_mask}
         if source is not None:
+            check_tensor("source", source, 2)
             check_batch("source", source.shape[0], target.shape[0])
             given["memory"] = self.encode(source, source_padding_mask)
             given["memory_padding_mask"] = source_padding_mask
         x, seen, new_state = call_for(self.decoder, x, state, trace, **given)
-        return results(output_logits(self.output, x, target_padding_mask, last_only), seen, new_state)
+        return results(output_logits(self.output, x, target_padding_mask, last_only, self.vocab_size), seen, new_state)
 
     if TYPE_CHECKING:
         __call__ = forward

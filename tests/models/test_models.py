@@ -158,15 +158,6 @@ def test_source_and_target_share_a_table_where_asked(share):
         translator(share_embeddings=True, target_vocab_size=12)
 
 
-def test_a_long_first_target_segment_loses_nothing():
-    """D9: the original looks at the last token of the first call alone."""
-    model = translator()
-    source, target = TOKENS, TOKENS.flip(1)
-    first, state = model(target=target[:, :3], state=model.init_state(source, MASK))
-    rest, _ = model(target=target[:, 3:], state=state)
-    torch.testing.assert_close(torch.cat([first, rest], dim=1), model(source, target, source_padding_mask=MASK))
-
-
 def test_calls_that_cannot_be_right_are_answered():
     model = translator()
     with pytest.raises(
@@ -227,3 +218,44 @@ def test_embeddings_are_as_wide_under_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         assert narrow.embedding(TOKENS).dtype == torch.float32
         assert values.embedding(torch.rand(2, 5, 2)).dtype == torch.float32
+
+
+def test_a_causal_model_refuses_what_would_show_it_the_future():
+    """D10, D11: batch statistics in an embedding's norm, and an encoder where a decoder belongs."""
+    for make in (language_model, translator):
+        with pytest.raises(
+            ValueError, match=r"^A causal layer needs a norm of each token alone, but `.*norm` is a BatchN"
+        ):
+            make(embedding_norm="batchnorm")
+    with pytest.raises(
+        TypeError, match=r"^`decoder` must be a MegaDecoder, .* but is a MegaEncoder, which has none\.$"
+    ):
+        MegaLanguageModel(mega_encoder(1, 8, **SIZES), 11)
+    assert classifier(vocab_size=11, embedding_norm="batchnorm")(TOKENS).shape == (2, 3)
+
+
+def test_a_long_row_in_half_precision_does_not_overflow():
+    x, mask = torch.full((1, 20_000, 2), 15.0, dtype=torch.float16), torch.zeros(1, 20_000, dtype=torch.bool)
+    pooled = classifier(vocab_size=11).pooling(x, mask)
+    assert torch.equal(pooled, torch.full((1, 2), 15.0, dtype=torch.float16))
+
+
+def test_what_is_no_model_part_is_named():
+    with pytest.raises(
+        TypeError, match=r"^`encoder` must be a MegaEncoder, or a module called like one, but is a NoneType\.$"
+    ):
+        MegaClassifier(None, 3)
+    with pytest.raises(
+        TypeError, match=r"^`source` must be a tensor, but is list; make it one by `torch\.as_tensor`\.$"
+    ):
+        translator()([[1, 2]], TOKENS)
+    with pytest.raises(
+        TypeError, match=r"^`target_padding_mask` must be a bool tensor, True at padding and False at real"
+    ):
+        translator()(TOKENS, TOKENS, target_padding_mask=MASK.float())
+    with pytest.raises(ValueError, match=r"^`embedding_dropout` must be in \[0, 1\), but is 1\.5\.$"):
+        language_model(embedding_dropout=1.5)
+    with pytest.raises(
+        ValueError, match=r"^`output` must give one logit for each of `vocab_size`=11 tokens, but gave 5\.$"
+    ):
+        language_model(output=nn.Linear(8, 5))(TOKENS)
