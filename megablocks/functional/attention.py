@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from megablocks._checks import lookup, values_readable
+from megablocks.functional.activation import refuse_class
 from megablocks.functional.padding import Slots, pad_to_multiple, real_lengths, slots, take, zero_padding
 from megablocks.functional.precision import at_least_float32
 from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys, KeyState
@@ -71,6 +72,18 @@ class AttentionFunction(NamedTuple):
     """Whether scores are q.k over the number of visible keys, as for element-wise functions, or q.k / sqrt(Z)."""
 
 
+class Attention(Protocol):
+    """What attends: an `AttentionFunction`, or anything with its two members, such as a module."""
+
+    @property
+    def weights(self) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """See `AttentionFunction`."""
+
+    @property
+    def divide_by_keys(self) -> bool:
+        """See `AttentionFunction`."""
+
+
 ATTENTION: Mapping[str, AttentionFunction] = {
     "softmax": AttentionFunction(softmax, divide_by_keys=False),
     "relu2": AttentionFunction(Elementwise(relu2), divide_by_keys=True),
@@ -81,7 +94,9 @@ ATTENTION: Mapping[str, AttentionFunction] = {
 def attention_function(attention: str | Callable[[Tensor], Tensor] | AttentionFunction) -> AttentionFunction:
     """Returns the function of a name; a callable is taken as an element-wise function of the scores, like laplace."""
     if isinstance(attention, AttentionFunction):
+        refuse_class("attention", attention.weights)
         return attention
+    refuse_class("attention", attention)
     if callable(attention):
         return AttentionFunction(Elementwise(attention), divide_by_keys=True)
     return lookup("attention", attention, ATTENTION, others=", an element-wise callable or an AttentionFunction")
@@ -91,7 +106,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    function: AttentionFunction,
+    function: Attention,
     *,
     bias: Tensor | None = None,
     visible: Tensor | None = None,
@@ -105,7 +120,7 @@ def attend(
         q: Queries, $(\dots, L, Z)$.
         k: Keys, $(\dots, S, Z)$.
         v: Values, $(\dots, S, V)$.
-        function: What `attention_function` returns.
+        function: What `attention_function` returns, or what has its members.
         bias: $R$, broadcasting to $(\dots, L, S)$. It is not divided.
         visible: Bool, $(\dots, 1, S)$ or $(\dots, L, S)$, `True` where the query sees the key; `None` for everywhere.
         dropout: Applied to the weights.
@@ -133,7 +148,7 @@ def chunked_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    function: AttentionFunction,
+    function: Attention,
     *,
     causal: bool,
     chunk_size: int | None = None,
@@ -147,7 +162,7 @@ def chunked_attention(
         q: Queries, $(B, L, Z)$.
         k: Keys, $(B, L, Z)$.
         v: Values, $(B, L, V)$.
-        function: What `attention_function` returns.
+        function: What `attention_function` returns, or what has its members.
         causal: Whether a query sees only keys up to its own position.
         chunk_size: C; `None` for one chunk of everything.
         bias: Maps positions within a chunk to the relative bias.
@@ -181,7 +196,7 @@ def streamed_attention(
     k: Tensor,
     v: Tensor,
     state: KeyState,
-    function: AttentionFunction,
+    function: Attention,
     *,
     bias: PositionBias | None = None,
     padding_mask: Tensor | None = None,
@@ -194,7 +209,7 @@ def streamed_attention(
         k: Its keys, $(B, L, Z)$.
         v: Its values, $(B, L, V)$.
         state: Keys and values so far; its type says whether they are chunked.
-        function: What `attention_function` returns.
+        function: What `attention_function` returns, or what has its members.
         bias: Maps positions, within the chunk where there are chunks, to the relative bias.
         padding_mask: $(B, L)$, bool, `True` at padding.
         dropout: Applied to the weights.
@@ -241,7 +256,7 @@ def _in_chunks(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    function: AttentionFunction,
+    function: Attention,
     size: int,
     causal: bool,
     bias: PositionBias | None,

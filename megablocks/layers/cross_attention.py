@@ -21,11 +21,11 @@ from megablocks._checks import (
     values_readable,
 )
 from megablocks.functional.activation import activation_function
-from megablocks.functional.attention import AttentionFunction, attend, attention_function
+from megablocks.functional.attention import AttentionFunction, attend
 from megablocks.functional.padding import real_lengths, zero_padding
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
-from megablocks.layers.gated_attention import bias_module, reset_linear, reset_parts
+from megablocks.layers.gated_attention import attention_part, bias_module, reset_linear, reset_parts
 from megablocks.layers.norm import sequence_norm
 from megablocks.layers.trace import Trace, results
 from megablocks.state import CrossAttentionState
@@ -112,7 +112,7 @@ class GatedCrossAttention(nn.Module):
         self.embed_dim = check_size("embed_dim", embed_dim)
         self.qk_dim = check_size("qk_dim", qk_dim)
         self.prenorm = check_flag("prenorm", prenorm)
-        self.attention = attention_function(attention)
+        self.attention = attention_part(attention)
         self.activation = activation_function(activation)
         made_as: dict[str, Any] = {"device": device, "dtype": dtype}
         self.position_bias = bias_module(position_bias, qk_dim, **made_as)
@@ -133,7 +133,7 @@ class GatedCrossAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all parameters anew: normal with standard deviation 0.02, biases zero; bias and norm have their own."""
         reset_linear(self.k_proj, self.v_proj, self.q_proj, self.h_proj)
-        reset_parts(self.position_bias, self.norm)
+        reset_parts(self.position_bias, self.norm, self.attention, self.activation)
 
     def init_state(self, memory: Tensor, padding_mask: Tensor | None = None) -> CrossAttentionState:
         """Projects a memory once, for every later call.

@@ -24,6 +24,7 @@ from megablocks._checks import (
 from megablocks.functional.activation import activation_function
 from megablocks.functional.attention import (
     AttentionFunction,
+    Elementwise,
     attention_function,
     chunked_attention,
     streamed_attention,
@@ -36,6 +37,32 @@ from megablocks.layers.norm import sequence_norm
 from megablocks.layers.position import RotaryRelativeBias
 from megablocks.layers.trace import Trace, results
 from megablocks.state import AttentionState, ChunkKeys, FixedKeys, GrowingKeys, KeyState
+
+
+@remembers_arguments
+class LearnedAttention(nn.Module):
+    """An attention function that is a module, so that the layer which calls it owns its parameters.
+
+    Args:
+        function: Maps scores to weights, or, unless `elementwise`, scores and visibility to weights.
+        divide_by_keys: As in `AttentionFunction`.
+        elementwise: Whether `function` maps each score alone.
+    """
+
+    def __init__(self, function: nn.Module, *, divide_by_keys: bool = True, elementwise: bool = True) -> None:
+        super().__init__()
+        self.function = function
+        self.divide_by_keys = divide_by_keys
+        self.elementwise = elementwise
+
+    def weights(self, scores: Tensor, visible: Tensor | None) -> Tensor:
+        """Returns the weights of (..., L, S) scores."""
+        weights: Tensor = (Elementwise(self.function) if self.elementwise else self.function)(scores, visible)
+        return weights
+
+    def reset_parameters(self) -> None:
+        """Draws the function's parameters anew in its own way, if it has one."""
+        reset_parts(self.function)
 
 
 @remembers_arguments
@@ -137,7 +164,7 @@ class MovingAverageGatedAttention(nn.Module):
         self.causal = check_flag("causal", causal)
         self.chunk_size = check_optional_size("chunk_size", chunk_size, "no chunks")
         self.prenorm = check_flag("prenorm", prenorm)
-        self.attention = attention_function(attention)
+        self.attention = attention_part(attention)
         self.activation = activation_function(activation)
         made_as: dict[str, Any] = {"device": device, "dtype": dtype}
         self.ema = (
@@ -166,7 +193,7 @@ class MovingAverageGatedAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Draws all parameters anew: normal with standard deviation 0.02, biases zero; the parts have their own way."""
         self._reset_own_parameters()
-        reset_parts(self.ema, self.position_bias, self.norm)
+        reset_parts(self.ema, self.position_bias, self.norm, self.attention, self.activation)
 
     def _reset_own_parameters(self) -> None:
         reset_linear(self.v_proj, self.mx_proj, self.h_proj)
@@ -323,6 +350,20 @@ def bias_module(
     return lookup("position_bias", position_bias, names, others=_OTHER_BIASES)()
 
 
+def attention_part(
+    attention: str | Callable[[Tensor], Tensor] | AttentionFunction | LearnedAttention,
+) -> AttentionFunction | LearnedAttention:
+    """Returns what the `attention` argument of a layer means; a module, however it is wrapped, as a module."""
+    if isinstance(attention, LearnedAttention):
+        return attention
+    made = attention_function(attention)
+    elementwise = isinstance(made.weights, Elementwise)
+    function = made.weights.function if isinstance(made.weights, Elementwise) else made.weights
+    if isinstance(function, nn.Module):
+        return LearnedAttention(function, divide_by_keys=made.divide_by_keys, elementwise=elementwise)
+    return made
+
+
 def reset_linear(*layers: nn.Linear) -> None:
     """Draws weights from a normal distribution with standard deviation 0.02 and sets biases to zero."""
     for layer in layers:
@@ -331,7 +372,7 @@ def reset_linear(*layers: nn.Linear) -> None:
             nn.init.zeros_(layer.bias)
 
 
-def reset_parts(*parts: nn.Module | None) -> None:
+def reset_parts(*parts: object) -> None:
     """Calls `reset_parameters` of every part that has it."""
     for part in parts:
         reset = getattr(part, "reset_parameters", None)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -17,14 +21,21 @@ from megablocks.layers.arguments import REMEMBERING, arguments
 _DESCRIPTION = "model.json"
 _FORMAT = "megablocks"
 _VERSION = 1
+_WEIGHTS = re.compile(r"model-[0-9a-f]{16}\.safetensors")
+_BESIDE = re.compile(r"\.writing-[a-z0-9_]{8}")
+"""What files of weights, and the directories that they are first written to, are called."""
+
+_NOT_COMPOSITION = {*vars(nn.Module()), "_arguments"}
+"""Attributes of every module that say nothing of what it is made of: hooks, the mode, what holds its tensors."""
 
 
 def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Writes a model to a directory: its composition to `model.json`, its weights to a safetensors file.
 
     Any module of megablocks can be written, any composition of them, and modules of your own classes decorated with
-    `megablocks.layers.arguments.remembers_arguments`. Parts and weights that are shared stay shared. The weights are
-    written beside those of an earlier save; only then does `model.json` name the new file, in one step, so that an
+    `megablocks.layers.arguments.remembers_arguments`. Parts and weights that are shared stay shared. Options and parts
+    set since the model was made are written as they are now, or refused; hooks are not part of the model. The weights
+    are written beside those of an earlier save; only then does `model.json` name the new file, in one step, so that an
     interrupted save leaves the old model whole.
 
     Args:
@@ -32,7 +43,8 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         directory: Where to, made if need be. An earlier save there is replaced.
 
     Raises:
-        TypeError: If the model holds something that cannot be written down: a module of another class, a function.
+        TypeError: If the model holds something that cannot be written down: a module of another class, a function, a
+            change that no argument expresses. Nothing is written then.
         FileExistsError: If the directory holds files, but no model of megablocks. Nothing is written then.
         ImportError: If safetensors is missing.
 
@@ -49,7 +61,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     target = Path(directory)
     recipe = _describe(model, "", {})
     weights = _distinct(model)
-    _check_reproduces(recipe, weights)
+    _check_reproduces(recipe, model)
     _check_target(target)
 
     target.mkdir(parents=True, exist_ok=True)
@@ -63,9 +75,11 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         content = {"format": _FORMAT, "version": _VERSION, "weights": name, "model": recipe}
         description.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(description, target / _DESCRIPTION)
-    for old in target.glob("model-*.safetensors"):
-        if old.name != name:
+    for old in target.iterdir():
+        if _WEIGHTS.fullmatch(old.name) and old.name != name:
             old.unlink()
+        elif _BESIDE.fullmatch(old.name):
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def load(directory: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> nn.Module:
@@ -176,20 +190,72 @@ def _differences(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> str:
     return "; ".join(f"{what}: {', '.join(names)}" for what, names in parts.items() if names)
 
 
-def _check_reproduces(recipe: Any, weights: dict[str, Tensor]) -> None:
-    with torch.device("meta"):
-        problems = _differences(_distinct(_build(recipe, {})), weights)
+def _check_reproduces(recipe: Any, model: nn.Module) -> None:
+    try:
+        with torch.device("meta"):
+            again = _build(recipe, {})
+        problems = _differences(_distinct(again), _distinct(model)) or ", ".join(_changes(model, again))
+    except (TypeError, ValueError) as error:
+        raise _cannot_be_written(str(error)) from error
     if problems:
-        raise TypeError(
-            f"The model was changed since it was made in a way that cannot be written down ({problems}); "
-            "save `model.state_dict()` instead."
-        )
+        raise _cannot_be_written(problems)
+
+
+def _cannot_be_written(problems: str) -> TypeError:
+    return TypeError(
+        f"The model was changed since it was made in a way that cannot be written down ({problems}); "
+        "save `model.state_dict()` instead."
+    )
+
+
+def _changes(model: nn.Module, again: nn.Module) -> list[str]:
+    """Names the parts and attributes in which two modules, one of them on the meta device, differ."""
+    changed = []
+    others = dict(again.named_modules())
+    for path, module in model.named_modules():
+        other = others.pop(path, None)
+        if type(other) is not type(module):
+            changed.append(f"`{path}` is a {type(module).__name__}")
+            continue
+        for name in sorted((vars(module).keys() | vars(other).keys()) - _NOT_COMPOSITION):
+            # What a module was given besides, as a note to its owner, matters only where it hides a method.
+            matters = name in vars(other) or (hasattr(type(module), name) and not name.startswith("_"))
+            if matters and not _same(getattr(module, name, None), getattr(other, name, None)):
+                changed.append(f"`{path}.{name}`".replace("`.", "`"))
+    return [*changed, *(f"`{path}` is gone" for path in others)]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two attributes mean the same: equal data, the same functions with the same data."""
+    if one is other:
+        return True
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (bool, int, float, str)):
+        return bool(one == other)
+    if isinstance(one, (nn.Module, torch.Tensor)):
+        return True  # compared, if at all, in their own places
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, FunctionType):
+        # A function made in a constructor is another one in each module.
+        held, theirs = ([cell.cell_contents for cell in f.__closure__ or ()] for f in (one, other))
+        return one.__code__ is other.__code__ and _same(one.__defaults__, other.__defaults__) and _same(held, theirs)
+    if isinstance(one, MethodType):
+        return _same(one.__func__, other.__func__)
+    if isinstance(one, partial):
+        return _same([one.func, one.args, one.keywords], [other.func, other.args, other.keywords])
+    if callable(one):
+        return hasattr(one, "__dict__") and _same(vars(one), vars(other))
+    return True
 
 
 def _check_target(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"{target} is a file; name a directory.")
-    if target.is_dir() and any(target.iterdir()):
+    if target.is_dir() and not all(map(_is_left_behind, target.iterdir())):
         try:
             _read_description(target)
         except FileNotFoundError as error:
@@ -198,6 +264,11 @@ def _check_target(target: Path) -> None:
             ) from error
         except ValueError:
             return  # a broken model of ours may be replaced
+
+
+def _is_left_behind(path: Path) -> bool:
+    """Whether a save that was killed may have left this, before there was a `model.json`."""
+    return bool(_WEIGHTS.fullmatch(path.name) or _BESIDE.fullmatch(path.name))
 
 
 def _read_description(source: Path) -> dict[str, Any]:

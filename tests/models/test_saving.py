@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import json
+import pickle
 
 import pytest
 import safetensors.torch
@@ -15,10 +18,15 @@ from megablocks import (
     MegaEncoder,
     MegaLanguageModel,
     MovingAverageGatedAttention,
+    MultiDimensionDampedEMA,
+    NormalizedFFN,
+    SequenceNorm,
     SimpleRelativeBias,
     mega_decoder,
     preset,
 )
+from megablocks.functional.attention import attention_function
+from megablocks.layers.arguments import remembers_arguments
 
 
 def small_model(**options) -> MegaLanguageModel:
@@ -163,8 +171,153 @@ def test_broken_and_foreign_directories_are_named(tmp_path):
         megablocks.load(tmp_path)
 
     content["model"]["arguments"]["vocab_size"] = 12
+    content["model"]["arguments"]["embedding"]["arguments"]["vocab_size"] = 12
     description.write_text(json.dumps(content))
     with pytest.raises(
         ValueError, match=r"do not fit .*of another shape: embedding\.tokens\.weight \(11, 8\) instead of"
     ):
         megablocks.load(tmp_path)
+
+
+def through_torch_save(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), through_torch_save])
+def test_copies_can_be_saved(tmp_path, copied):
+    model = small_model(activation="gelu_tanh", attention="laplace", norm="scalenorm")
+    twin = copied(model)
+    megablocks.save(twin, tmp_path)
+    tokens = torch.randint(11, (2, 9))
+    assert torch.equal(megablocks.load(tmp_path)(tokens), model(tokens))
+
+
+def layer_after(change, **options) -> MovingAverageGatedAttention:
+    """A layer on which something has been done since it was made."""
+    layer = MovingAverageGatedAttention(16, 4, **options).eval()
+    change(layer)
+    return layer
+
+
+def put(path, value):
+    """Returns surgery: sets the attribute at a dotted path of a module."""
+
+    def change(module):
+        *parts, name = path.split(".")
+        setattr(module.get_submodule(".".join(parts)), name, value() if callable(value) else value)
+
+    return change
+
+
+WRITTEN = {
+    "a flag": put("prenorm", False),
+    "another norm": put("norm", lambda: SequenceNorm(16, eps=10.0)),
+    "the norm within": put("norm.norm", lambda: megablocks.RMSNorm(16, eps=10.0)),
+    "no norm": put("norm", None),
+    "an option of a part": put("ema.truncation", 2),
+    "another average": put("ema", lambda: MultiDimensionDampedEMA(16, 4, truncation=2)),
+    "another bias": put("position_bias", lambda: SimpleRelativeBias(32)),
+    "a chunk size": put("chunk_size", 3),
+    "a probability": put("hidden_dropout.p", 0.25),
+}
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_surgery_is_written_down(tmp_path, what):
+    plain = layer_after(lambda layer: None, ema=4)
+    layer = layer_after(WRITTEN[what], ema=4)
+    megablocks.save(layer, tmp_path)
+    again = megablocks.load(tmp_path)
+    x = torch.randn(2, 9, 16)
+    assert torch.equal(again(x), layer(x))
+    assert repr(again) == repr(layer).replace("  (norm): None\n", "") != repr(plain)
+
+
+REFUSED = {
+    "activation": put("activation", lambda: torch.tanh),
+    "attention": put("attention", lambda: attention_function("laplace")),
+    "norm.norm.eps": put("norm.norm.eps", 10.0),
+    "dropout.channels": put("dropout.channels", True),
+    "forward": put("forward", lambda: torch.tanh),
+    "ema": put("ema", lambda: nn.Identity()),
+    "dropout": put("dropout", lambda: nn.Dropout(0.1)),
+    "v_proj": put("v_proj", lambda: nn.Linear(16, 32, bias=False)),
+    "addition": put("addition", lambda: nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_surgery_that_no_argument_expresses_is_refused(tmp_path, what):
+    layer = layer_after(REFUSED[what])
+    with pytest.raises(TypeError, match=rf"changed since it was made in a way that cannot be .*\b{what}\b"):
+        megablocks.save(layer, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_surgery_on_models_is_written_down_or_refused(tmp_path):
+    model = small_model()
+    put("decoder.layer_drop", 0.5)(model)
+    put("decoder.checkpoint", True)(model)
+    put("decoder.layers.1.feed_forward", lambda: NormalizedFFN(8, 20, activation="relu"))(model)
+    megablocks.save(model, tmp_path)
+    again, tokens = megablocks.load(tmp_path), torch.randint(11, (2, 9))
+    assert torch.equal(again(tokens), model.eval()(tokens))
+    assert (again.decoder.layer_drop, again.decoder.checkpoint) == (0.5, True)
+
+    for scale in (9.0, 1.0):
+        model.embedding.scale = scale
+        with pytest.raises(TypeError, match=r"cannot be written down \(`?scale`?"):
+            megablocks.save(model, tmp_path / "other")
+    model.embedding.scale = 8**0.5
+    model.embedding.norm = SequenceNorm(8, norm="rmsnorm")
+    megablocks.save(model, tmp_path)
+    assert torch.equal(megablocks.load(tmp_path)(tokens), model.eval()(tokens))
+    assert not (tmp_path / "other").exists()
+
+
+@remembers_arguments
+class Wider(nn.Module):
+    """Whose attributes mean other things than its arguments, and which makes functions of its own."""
+
+    def __init__(self, width: int, *layers: nn.Module, act=torch.tanh, **options: object) -> None:
+        super().__init__()
+        self.width = 2 * width
+        self.scaled = lambda x: x * width
+        self.act = act
+        self.layer = nn.Linear(width, self.width)
+
+
+def test_modules_of_ones_own_are_taken_as_they_were_given(tmp_path):
+    own = Wider(3)
+    own.note = "for its owner"
+    megablocks.save(own, tmp_path)
+    again = megablocks.load(tmp_path)
+    assert (again.width, again.scaled(2)) == (6, 6)
+    own.width = 8
+    with pytest.raises(TypeError, match="changed since it was made"):
+        megablocks.save(own, tmp_path)
+
+
+def test_leftovers_of_a_killed_save_are_no_obstacle(tmp_path):
+    (tmp_path / ".writing-ab12_cd3").mkdir()
+    (tmp_path / ".writing-ab12_cd3" / "weights").write_bytes(b"half")
+    (tmp_path / "model-0123456789abcdef.safetensors").write_bytes(b"whole")
+    megablocks.save(small_model(), tmp_path)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".safetensors"]
+    megablocks.load(tmp_path)
+
+
+def test_weights_of_others_are_neither_overwritten_nor_removed(tmp_path):
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    shard.write_bytes(b"theirs")
+    with pytest.raises(FileExistsError):
+        megablocks.save(small_model(), tmp_path)
+    shard.rename(tmp_path / "aside")
+    (tmp_path / "mine").mkdir()
+    megablocks.save(small_model(), tmp_path / "mine")
+    (tmp_path / "aside").rename(tmp_path / "mine" / shard.name)
+    megablocks.save(small_model(), tmp_path / "mine")
+    assert (tmp_path / "mine" / shard.name).exists()
