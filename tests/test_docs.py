@@ -27,6 +27,13 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_place_was_left_to_fill_in(page):
+    assert not re.search(
+        r"\b[A-Z]+_[A-Z_]+\b(?!=)", BLOCK.sub("", page.read_text(encoding="utf-8")).replace("HYPOTHESIS_PROFILE", "")
+    )
+
+
 def test_the_readme_names_its_commands():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert 'pip install -c constraints.txt -e ".[examples]" && python examples/train_byte_lm.py' in lines

@@ -15,16 +15,25 @@ The package's one legend of axis letters, lower case in einops patterns, upper c
 | S      | slots of a state's keys                    | `capacity`   |
 """
 
-from megablocks.functional.attention import attend, chunked_attention
+from megablocks.functional.attention import (
+    AttentionFunction,
+    attend,
+    attention_function,
+    chunked_attention,
+    streamed_attention,
+)
 from megablocks.functional.ema import damped_ema, ema_backend, ema_kernel
 from megablocks.functional.position import rotary_bias, simple_bias
 
 __all__ = [
+    "AttentionFunction",
     "attend",
+    "attention_function",
     "chunked_attention",
     "damped_ema",
     "ema_backend",
     "ema_kernel",
     "rotary_bias",
     "simple_bias",
+    "streamed_attention",
 ]

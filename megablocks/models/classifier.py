@@ -27,6 +27,7 @@ from megablocks.functional.precision import at_least_float32
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
+from megablocks.layers.gated_attention import reset_parts
 from megablocks.layers.norm import sequence_norm
 from megablocks.models.embedding import TokenEmbedding, created_on
 from megablocks.stacks import MegaEncoder
@@ -77,6 +78,7 @@ class ContinuousEmbedding(nn.Module):
         """Draws weights with standard deviation 1 over the square root of the input's width, biases with 0.1."""
         nn.init.normal_(self.projection.weight, std=self.input_dim**-0.5)
         nn.init.normal_(self.projection.bias, std=0.1)
+        reset_parts(self.norm)
 
     def forward(self, inputs: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
         """Returns the embedded values."""

@@ -14,6 +14,7 @@ from megablocks._checks import check_flag, check_optional_size, check_size, chec
 from megablocks.functional.padding import zero_padding
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
+from megablocks.layers.gated_attention import reset_parts
 from megablocks.layers.norm import sequence_norm
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class TokenEmbedding(nn.Module):
         nn.init.normal_(self.tokens.weight, std=self.input_dim**-0.5)
         if self.projection is not None:
             nn.init.xavier_uniform_(self.projection.weight)
+        reset_parts(self.norm)
 
     def forward(self, tokens: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
         """Returns the embedded tokens."""

@@ -689,7 +689,9 @@ def test_a_model_that_reads_a_source_needs_one() -> None:
     state = model.init_state(prompt)
     with pytest.raises(ValueError, match=r"^A call takes a source or a state, but got both;"):
         generate(model, prompt, max_new_tokens=2, source=prompt, state=state)
-    with pytest.raises(ValueError, match=r"^`source` must have the batch size of the input, 2, but has 1; give each row one"):
+    with pytest.raises(
+        ValueError, match=r"^`source` must have the batch size of the input, 2, but has 1; give each row one"
+    ):
         generate(model, prompt, max_new_tokens=2, source=prompt[:1])
 
 
