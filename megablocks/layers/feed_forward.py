@@ -83,7 +83,7 @@ class NormalizedFFN(nn.Module):
     def reset_parameters(self) -> None:
         """Draws weights from a normal distribution with standard deviation 0.02 and sets biases to zero."""
         reset_linear(self.fc1, self.fc2)
-        reset_parts(self.norm)
+        reset_parts(self.norm, self.activation)
 
     def forward(self, x: Tensor, *, padding_mask: Tensor | None = None) -> Tensor:
         """Returns the layer's output."""
