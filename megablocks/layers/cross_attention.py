@@ -25,8 +25,8 @@ from megablocks.functional.attention import AttentionFunction, attend
 from megablocks.functional.padding import real_lengths, zero_padding
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
-from megablocks.layers.gated_attention import attention_part, bias_module, reset_linear, reset_parts
 from megablocks.layers.norm import sequence_norm
+from megablocks.layers.parts import attention_part, bias_module, reset_linear, reset_parts
 from megablocks.layers.trace import Trace, results
 from megablocks.state import CrossAttentionState
 

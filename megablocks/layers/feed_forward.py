@@ -13,8 +13,8 @@ from megablocks.functional.activation import activation_function
 from megablocks.functional.padding import zero_padding
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
-from megablocks.layers.gated_attention import reset_linear, reset_parts
 from megablocks.layers.norm import sequence_norm
+from megablocks.layers.parts import reset_linear, reset_parts
 
 
 @remembers_arguments

@@ -27,8 +27,8 @@ from megablocks.functional.precision import at_least_float32
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
-from megablocks.layers.gated_attention import reset_parts
 from megablocks.layers.norm import sequence_norm
+from megablocks.layers.parts import reset_parts
 from megablocks.models.embedding import TokenEmbedding, created_on
 from megablocks.stacks import MegaEncoder
 from megablocks.stacks.stack import set_chunk_size

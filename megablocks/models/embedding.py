@@ -14,8 +14,8 @@ from megablocks._checks import check_flag, check_optional_size, check_size, chec
 from megablocks.functional.padding import zero_padding
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
-from megablocks.layers.gated_attention import reset_parts
 from megablocks.layers.norm import sequence_norm
+from megablocks.layers.parts import reset_parts
 
 if TYPE_CHECKING:
     from typing_extensions import Self
