@@ -28,7 +28,7 @@ from strategies import Case, Sample
 
 VOCABULARY = 11
 CLASSES = 3
-LAYERS_OF_A_STACK = 2
+LAYERS_OF_A_STACK = Case.num_layers
 
 
 def looking_back(case: Case) -> Case:
@@ -68,13 +68,13 @@ def final_norm(case: Case, dtype: torch.dtype, device: str) -> SequenceNorm | No
 
 def make_encoder(case: Case, dtype: torch.dtype, device: str) -> MegaEncoder:
     """The encoder of a case."""
-    layers = [make_encoder_layer(case, dtype, device) for _ in range(LAYERS_OF_A_STACK)]
+    layers = [make_encoder_layer(case, dtype, device) for _ in range(case.num_layers)]
     return MegaEncoder(layers, final_norm=final_norm(case, dtype, device))
 
 
 def make_decoder(case: Case, dtype: torch.dtype, device: str, *, memory: bool = False) -> MegaDecoder:
     """The decoder of a case."""
-    layers = [make_decoder_layer(case, dtype, device, memory=memory) for _ in range(LAYERS_OF_A_STACK)]
+    layers = [make_decoder_layer(case, dtype, device, memory=memory) for _ in range(case.num_layers)]
     return MegaDecoder(layers, final_norm=final_norm(case, dtype, device))
 
 

@@ -56,6 +56,8 @@ class Case:
     magnitude: float = 1.0
     padding: Mask = None
     memory_padding: Mask = None
+    num_layers: int = 2
+    """Layers of a stack."""
     feed_forward: bool = True
     """Whether the layers of a stack have a feed-forward layer."""
     tied: bool = True
