@@ -71,7 +71,7 @@ class Block:
     normed: bool = False
     """Whether it has the case's norm, batch-norm included."""
     depth: int = 1
-    """Layers in a row, each of which adds its roundings. Above 1, every third case is enough: it holds these many."""
+    """Layers in a row, each of which adds its roundings. Above 1, a quarter of the cases is looked at."""
     largest: tuple[tuple[torch.dtype, float], ...] = ((torch.float32, 1e4), (torch.float64, 1e12))
     """How large a later input may be without an earlier output feeling it: beyond, a row's own norm overflows."""
 
