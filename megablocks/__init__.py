@@ -1,7 +1,8 @@
 """MEGA (Moving Average Equipped Gated Attention) as independent PyTorch building blocks."""
 
 from megablocks import state
-from megablocks.functional.ema import EMABackends, damped_ema, ema_backend
+from megablocks.functional.backends import EMABackends, ema_backend
+from megablocks.functional.ema import damped_ema
 from megablocks.layers import (
     GatedCrossAttention,
     MovingAverageGatedAttention,

@@ -22,7 +22,8 @@ from megablocks.functional.attention import (
     chunked_attention,
     streamed_attention,
 )
-from megablocks.functional.ema import damped_ema, ema_backend, ema_kernel
+from megablocks.functional.backends import ema_backend
+from megablocks.functional.ema import damped_ema, ema_kernel
 from megablocks.functional.position import rotary_bias, simple_bias
 
 __all__ = [

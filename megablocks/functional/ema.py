@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import NamedTuple, Protocol, overload
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -16,32 +15,12 @@ from megablocks._checks import (
     check_padding_mask,
     check_state,
     check_state_shape,
-    lookup,
 )
+from megablocks.functional.backends import choose
 from megablocks.functional.padding import packed, zero_padding
 from megablocks.functional.precision import at_least_float32, without_autocast
 from megablocks.kernels import EMACoefficients
-from megablocks.kernels.blocked import blocked
-from megablocks.kernels.recurrent import recurrent
 from megablocks.state import EMAState, TruncatedEMAState
-
-
-class _Kernel(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        forward: EMACoefficients,
-        mirror: EMACoefficients | None = None,
-        *,
-        omega: Tensor | None = None,
-        hidden: Tensor | None = None,
-        lengths: Tensor | None = None,
-        truncation: int | None = None,
-        final: bool = False,
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-
-_KERNELS: dict[str, _Kernel] = {"recurrent": recurrent, "blocked": blocked}
 
 
 def coefficients(
@@ -158,8 +137,10 @@ def damped_ema(
         $(B, L, D)$ in the dtype of `x`, zeros at padding; with a state also the state after the last real token.
 
     Raises:
-        ValueError: If shapes do not fit, `truncation` is below 1, no backend has this name, or a state comes with a
-            bidirectional average, or was made for another batch size, other sizes or another truncation.
+        ValueError: If shapes do not fit, `truncation` is below 1, no backend has this name or it does not run on this
+            device, or a state comes with a bidirectional average, or was made for another batch size, other sizes or
+            another truncation.
+        ImportError: If the backend needs a package that is not installed.
         TypeError: If `padding_mask` is not bool, or the state is of another kind.
 
     Note:
@@ -194,7 +175,7 @@ def damped_ema(
             hidden = None if state is None else state.hidden.to(dtype)
             if truncation is not None and not torch.compiler.is_compiling() and truncation >= x.shape[1]:
                 truncation = None  # nothing to cut
-            kernel = _choose(backend, x.shape[1], truncation)
+            kernel = choose(backend, inputs, truncation, *rows)
             y, after = kernel(
                 inputs,
                 forward,
@@ -254,7 +235,7 @@ def _truncated_segment(
 ) -> tuple[Tensor, TruncatedEMAState]:
     remembered = state.inputs.shape[1]
     extended = torch.cat([state.inputs.to(inputs.dtype), inputs], dim=1)
-    kernel = _choose(backend, extended.shape[1], truncation)
+    kernel = choose(backend, extended, truncation, *forward)
     y, _ = kernel(extended, forward, omega=omega, truncation=truncation)
     if lengths is None:
         last = extended[:, -remembered:].contiguous()
@@ -262,82 +243,3 @@ def _truncated_segment(
         index = lengths.unsqueeze(-1) + torch.arange(remembered, device=inputs.device)
         last = extended.gather(1, index.unsqueeze(-1).expand(-1, -1, inputs.shape[-1]))
     return y[:, remembered:], TruncatedEMAState(last)
-
-
-class EMABackends(NamedTuple):
-    """What computes the damped EMA on this machine."""
-
-    available: tuple[str, ...]
-    """Names that `ema_backend(name)` and `backend=name` accept here."""
-    default: str
-    """What calls with `backend="auto"` use; `"auto"` picks per call."""
-    last_used: str | None
-    """What served the last call."""
-
-
-class _Choice:
-    default = "auto"
-    last_used: str | None = None
-
-
-class _Restore:
-    """Puts the previous default back at the end of a `with` block."""
-
-    def __init__(self, previous: str) -> None:
-        self._previous = previous
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        _Choice.default = self._previous
-
-
-@overload
-def ema_backend(name: None = None) -> EMABackends:
-    """Without a name: what there is."""
-
-
-@overload
-def ema_backend(name: str) -> _Restore:
-    """With a name: sets the default, for a `with` block or for good."""
-
-
-def ema_backend(name: str | None = None) -> EMABackends | _Restore:
-    """Tells which EMA backends there are, or sets the default one.
-
-    Without a name, returns what is available, the default and what served the last call. With a name, makes it the
-    default for the whole process, or, in a `with` statement, until the end of the block.
-
-    Args:
-        name: `"auto"` for the fastest that can serve each call, or a backend's name; `None` to ask.
-
-    Raises:
-        ValueError: If no backend has this name; the message lists those that there are.
-
-    Example:
-        >>> import megablocks
-        >>> megablocks.ema_backend().available
-        ('recurrent', 'blocked')
-        >>> with megablocks.ema_backend("recurrent"):
-        ...     megablocks.ema_backend().default
-        'recurrent'
-    """
-    if name is None:
-        return EMABackends(tuple(_KERNELS), _Choice.default, _Choice.last_used)
-    if name != "auto":
-        lookup("backend", name, _KERNELS, others=", or 'auto'")
-    previous, _Choice.default = _Choice.default, name
-    return _Restore(previous)
-
-
-def _choose(backend: str, length: int, truncation: int | None) -> _Kernel:
-    name = _Choice.default if backend == "auto" else backend
-    if name == "auto":
-        name = "recurrent" if length == 1 and truncation is None else "blocked"
-    kernel = lookup("backend", name, _KERNELS, others=", or 'auto'")
-    if not torch.compiler.is_compiling():
-        _Choice.last_used = name
-    return kernel

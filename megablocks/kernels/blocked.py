@@ -46,7 +46,7 @@ def blocked(
     blocks = -(-length // size)
     padded = F.pad(x, (0, 0, 0, blocks * size - length)) if traced or length % size else x
     # (D, B, J, T): channels outermost, because each multiplies by matrices of its own.
-    cut = _transposed(padded.reshape(-1, channels)).view(channels, batch, blocks, size)
+    cut = transposed(padded.reshape(-1, channels)).view(channels, batch, blocks, size)
 
     matrices = _matrices(forward, size, blocks, truncation)
     inside = matrices.inside
@@ -62,13 +62,13 @@ def blocked(
     y = torch.bmm(cut.flatten(1, 2), inside)
     for operand, matrix in terms:
         y = y.baddbmm_(operand.flatten(1, 2), matrix)
-    y = _transposed(y.view(channels, -1)).view(batch, blocks * size, channels)[:, :length]
+    y = transposed(y.view(channels, -1)).view(batch, blocks * size, channels)[:, :length]
     if not final or states is None:
         return y, None
     return y, _final_state(cut, forward, matrices.enter, states, lengths, length)
 
 
-def _transposed(x: Tensor) -> Tensor:
+def transposed(x: Tensor) -> Tensor:
     """Returns a contiguous transposed matrix, whose gradient comes back contiguous too.
 
     Copying whole matrices is three times faster than copying tensors whose strides say the same, and products of
@@ -76,8 +76,8 @@ def _transposed(x: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling():  # a compiler lays tensors out itself, and warns of every `Function`
         return x.t().contiguous()
-    transposed: Tensor = _Transposed.apply(x)  # type: ignore[no-untyped-call]
-    return transposed
+    result: Tensor = _Transposed.apply(x)  # type: ignore[no-untyped-call]
+    return result
 
 
 class _Transposed(torch.autograd.Function):
@@ -93,7 +93,7 @@ class _Transposed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: object, gradient: Tensor) -> Tensor:
-        return _transposed(gradient)
+        return transposed(gradient)
 
     @staticmethod
     def jvp(ctx: object, tangent: Tensor) -> Tensor:
@@ -119,21 +119,25 @@ def _matrices(coefficients: EMACoefficients, size: int, blocks: int, truncation:
     leave = (g * torch.exp(log_q)).unsqueeze(-1) * powers
     distant = []
     if truncation is not None:
-        # Blocks that a window covers for some of the output steps only: one or two, `whole` blocks back.
-        whole = _whole_blocks(truncation, size)
-        reached = [back for back in (whole + 1, whole + 2) if (back - 1) * size + 1 < truncation]
-        if not torch.compiler.is_compiling():
-            reached = [back for back in reached if back < blocks]
-        distant = [(back, _toeplitz(coefficients, size, back, truncation)) for back in reached]
-    return _Matrices(_toeplitz(coefficients, size, 0, truncation), enter, leave, distant)
+        distant = half_seen(coefficients, size, blocks, truncation)
+    return _Matrices(toeplitz(coefficients, size, 0, truncation), enter, leave, distant)
 
 
-def _whole_blocks(truncation: int, size: int) -> int:
+def half_seen(coefficients: EMACoefficients, size: int, blocks: int, truncation: int) -> list[tuple[int, Tensor]]:
+    """How many blocks back those are that a window covers for some output steps only, one or two, and their weights."""
+    whole = whole_blocks(truncation, size)
+    reached = [back for back in (whole + 1, whole + 2) if (back - 1) * size + 1 < truncation]
+    if not torch.compiler.is_compiling():
+        reached = [back for back in reached if back < blocks]
+    return [(back, toeplitz(coefficients, size, back, truncation)) for back in reached]
+
+
+def whole_blocks(truncation: int, size: int) -> int:
     """Earlier blocks that lie inside the window of every step of a block."""
     return max(0, truncation // size - 1)
 
 
-def _toeplitz(coefficients: EMACoefficients, size: int, blocks_back: int, truncation: int | None) -> Tensor:
+def toeplitz(coefficients: EMACoefficients, size: int, blocks_back: int, truncation: int | None) -> Tensor:
     """Weights `[d, s, r]` of step s, `blocks_back` blocks earlier, in the output at step r; zero at lags not seen."""
     _, log_q, b, g = coefficients
     lags = torch.arange(1 - size, size, device=b.device) + blocks_back * size
@@ -163,10 +167,10 @@ def _from_other_blocks(
         start = torch.zeros_like(ends[:, :, 0]) if hidden is None else hidden.transpose(0, 1)
         states = _scan(ends, log_decay, start, _levels(blocks))
     else:
-        states = _window(ends, log_decay, _whole_blocks(truncation, size))
+        states = window(ends, log_decay, whole_blocks(truncation, size))
     if backward:
         states = states.flip(2)
-    shift = _later if backward else _earlier
+    shift = _later if backward else earlier
     terms = [(states, matrices.leave), *((shift(cut, back), matrix) for back, matrix in matrices.distant)]
     return terms, states if truncation is None else None
 
@@ -203,23 +207,23 @@ def _scan(ends: Tensor, log_decay: Tensor, start: Tensor, levels: int) -> Tensor
     return states.view(channels, batch, groups * GROUP, averages)[:, :, :blocks]
 
 
-def _window(ends: Tensor, log_decay: Tensor, width: int) -> Tensor:
+def window(ends: Tensor, log_decay: Tensor, width: int) -> Tensor:
     """State before each block from its last `width` blocks alone, by doubling: no difference of long sums, so nothing
     that has left the window leaves a rounding error behind."""
     log_decay = log_decay.unsqueeze(2)
     states, covered = torch.zeros_like(ends), 0
-    span, doubled = 1, _earlier(ends, 1)  # the sum over `span` blocks, the newest one block back
+    span, doubled = 1, earlier(ends, 1)  # the sum over `span` blocks, the newest one block back
     while covered < width:
         if width & span:
-            states = states + torch.exp(log_decay * covered) * _earlier(doubled, covered)
+            states = states + torch.exp(log_decay * covered) * earlier(doubled, covered)
             covered += span
         if covered < width:
-            doubled = doubled + torch.exp(log_decay * span) * _earlier(doubled, span)
+            doubled = doubled + torch.exp(log_decay * span) * earlier(doubled, span)
             span *= 2
     return states
 
 
-def _earlier(blocks: Tensor, count: int) -> Tensor:
+def earlier(blocks: Tensor, count: int) -> Tensor:
     """At each block, what stands `count` blocks before it; zeros before the first."""
     return F.pad(blocks, (0, 0, count, 0))[:, :, : blocks.shape[2]]
 

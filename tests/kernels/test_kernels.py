@@ -14,12 +14,13 @@ from torch import Tensor
 
 import oracles
 from laws import EXACT, assert_close, assert_gradients_close, assert_same
-from megablocks.functional import ema as functional_ema
+from megablocks.functional import ema_backend
+from megablocks.functional.backends import BACKENDS
 from megablocks.functional.ema import coefficients
 from megablocks.kernels.blocked import BLOCK, GROUP
 from strategies import seeds
 
-KERNELS = functional_ema._KERNELS
+KERNELS = {name: BACKENDS[name].load() for name in ema_backend().available}
 BORDERS = (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1)
 SCANNED = GROUP * BLOCK + BLOCK + 12
 """Long enough for the scan over blocks to go through groups of them."""

@@ -1,0 +1,198 @@
+"""The damped EMA as one pass over time on the CPU, compiled by numba.
+
+This half makes the tables that the compiled one, `numba_tiles`, reads, and shares rows out to threads. The backward
+pass runs time backwards; it needs the state before each block, and computes it again from states that it lays down
+once in a chunk. Threads are Python's, which compiled code does not hold up: that works after a fork and from several
+threads at once, where numba's own do not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from megablocks.kernels.numba_tiles import (
+    EXPANSION,
+    FORGET_BLOCK,
+    FORGET_STEP,
+    POWERS,
+    PROJECTION,
+    RECORD,
+    STEPS,
+    TILE,
+    Compiled,
+    backward_task,
+    forward_task,
+)
+from megablocks.kernels.registered import RegisteredKernel
+
+SMALL = 1 << 18
+"""Steps times channels times averages that are not worth waking threads for."""
+
+_LOGGER = logging.getLogger("megablocks")
+_compiled: set[tuple[Compiled, np.dtype[Any]]] = set()
+
+
+class _Direction(NamedTuple):
+    """Coefficients of one direction of time, as the compiled functions read them."""
+
+    records: Tensor
+    """(tiles, N', rows of a record, TILE), states, adjoints and gradients zero; N' is N or N + 1, an even number."""
+    inside: Tensor
+    """(tiles, S, TILE): weights of a block's inputs in its own outputs, the skip connection at lag 0 included."""
+    flip: bool
+    """Whether time runs backwards."""
+
+
+def _directions(log_q: Tensor, b: Tensor, g: Tensor, omega: Tensor | None, width: int) -> list[_Direction]:
+    made = []
+    for start in range(0, log_q.shape[0], width):
+        tiled_log_q, tiled_b, tiled_g = (_tiled(part[start : start + width]) for part in (log_q, b, g))
+        records = log_q.new_zeros(*tiled_b.shape[:2], RECORD // TILE, TILE)
+        records[:, :, EXPANSION], records[:, :, PROJECTION] = tiled_b, tiled_g
+        records[:, :, FORGET_STEP] = -torch.expm1(tiled_log_q)
+        records[:, :, FORGET_BLOCK] = -torch.expm1(STEPS * tiled_log_q)
+        powers = records[:, :, POWERS : POWERS + STEPS + 1]
+        torch.exp(tiled_log_q.unsqueeze(2) * torch.arange(STEPS + 1).view(-1, 1), out=powers)
+        inside = torch.einsum("inc,insc->isc", tiled_b * tiled_g, powers[:, :, :STEPS])
+        if omega is not None and start == 0:
+            inside[:, 0] += F.pad(omega, (0, -width % TILE)).view(-1, TILE)
+        made.append(_Direction(records, inside.contiguous(), start > 0))
+    return made
+
+
+def _tiled(part: Tensor) -> Tensor:
+    """(D, N) as (tiles, N', TILE), filled up with zeros."""
+    filled = F.pad(part, (0, part.shape[1] % 2, 0, -part.shape[0] % TILE))
+    return rearrange(filled, "(i c) n -> i n c", c=TILE).contiguous()
+
+
+def _untiled(tiled: Tensor, width: int, averages: int) -> Tensor:
+    """The other way."""
+    return rearrange(tiled, "i n c -> (i c) n")[:width, :averages]
+
+
+def forward(
+    x: Tensor,
+    log_q: Tensor,
+    b: Tensor,
+    g: Tensor,
+    omega: Tensor | None,
+    hidden: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Returns outputs and final states (see `megablocks.kernels.registered`)."""
+    y = torch.zeros_like(x) if lengths is not None else torch.empty_like(x)
+    states = _states(hidden, x, b)
+    for direction in _directions(log_q, b, g, omega, x.shape[2]):
+        moved = torch.zeros_like(states) if direction.flip else states
+        _share_out(forward_task, direction, lengths, x, moved, y)
+    return y, states.transpose(1, 2).contiguous()
+
+
+def backward(
+    dy: Tensor,
+    dfinal: Tensor,
+    x: Tensor,
+    log_q: Tensor,
+    b: Tensor,
+    g: Tensor,
+    omega: Tensor | None,
+    hidden: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns gradients (see `megablocks.kernels.registered`)."""
+    batch, _, width = x.shape
+    dx = torch.zeros_like(x) if lengths is not None else torch.empty_like(x)
+    begin, adjoint = _states(hidden, x, b), _states(dfinal, x, b)
+    domega = x.new_zeros(width)
+    grads = []
+    for direction in _directions(log_q, b, g, omega, width):
+        start, end = (torch.zeros_like(begin), torch.zeros_like(begin)) if direction.flip else (begin, adjoint)
+        sums = [torch.empty_like(begin) for _ in range(3)]
+        inside = x.new_zeros(batch, *direction.inside.shape)
+        written = (start, dy, end, dx, *sums, inside.flatten(2))
+        _share_out(backward_task, direction, lengths, x, *written)
+        inside = inside.sum(0)
+        of_inside = _through_inside(direction, inside)
+        grads.append(
+            [part.sum(0).T + _untiled(more, width, b.shape[1]) for part, more in zip(sums, of_inside, strict=True)]
+        )
+        if not direction.flip:
+            domega = inside[:, 0].flatten()[:width].clone()
+    dlog_q, db, dg = (torch.cat(parts) for parts in zip(*grads, strict=True))
+    return dx, dlog_q, db, dg, domega, adjoint.transpose(1, 2).contiguous()
+
+
+def _states(hidden: Tensor | None, x: Tensor, b: Tensor) -> Tensor:
+    """(B, D, N) as (B, N, D), a copy."""
+    if hidden is None:
+        return x.new_zeros(x.shape[0], b.shape[1], x.shape[2])
+    return hidden.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+def _through_inside(direction: _Direction, dk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of log q, b and g, tiled, from those of the weights inside blocks, k[j] = sum_n g b q^j."""
+    records = direction.records
+    b, g, powers = records[:, :, EXPANSION], records[:, :, PROJECTION], records[:, :, POWERS : POWERS + STEPS]
+    each = powers * dk.unsqueeze(1)
+    total, slope = each.sum(2), (each * torch.arange(STEPS).view(-1, 1)).sum(2)
+    return b * g * slope, g * total, b * total
+
+
+def _share_out(task: Compiled, direction: _Direction, lengths: Tensor | None, x: Tensor, *tensors: Tensor) -> None:
+    """Runs a task for every row, or for parts of its channels where there are fewer rows than threads."""
+    batch, length, _ = x.shape
+    records, inside = direction.records.flatten(2).flatten(1), direction.inside.flatten(1)
+    arrays = [tensor.numpy() for tensor in (records, inside, x, *tensors)]
+    _compile_for(task, arrays)
+    counts = [length] * batch if lengths is None else lengths.tolist()
+    tiles, threads = records.shape[0], torch.get_num_threads()
+    parts = min(tiles, threads // math.gcd(threads, batch))
+    borders = [tiles * part // parts for part in range(parts + 1)]
+    calls = [
+        (row, first, last, direction.flip, count, *arrays)
+        for row, count in enumerate(counts)
+        for first, last in itertools.pairwise(borders)
+    ]
+    if threads == 1 or x.numel() * records.shape[1] < SMALL * RECORD:
+        for call in calls:
+            task(*call)
+    else:
+        list(_pool(threads).map(lambda call: task(*call), calls))
+
+
+def _compile_for(task: Compiled, arrays: list[Any]) -> None:
+    """Compiles a task for the types of these arrays, and says so if that takes longer than a second."""
+    known = (task, arrays[0].dtype)
+    if known in _compiled:
+        return
+    told = threading.Timer(1.0, _LOGGER.warning, ("Compiling the damped EMA for this CPU; later calls need not wait.",))
+    told.start()
+    task(0, 0, 0, False, 0, *arrays)  # no tile: nothing but the compilation
+    told.cancel()
+    _compiled.add(known)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="megablocks")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+numba_cpu = RegisteredKernel("ema_numba", forward, backward)
