@@ -15,16 +15,12 @@ The package's one legend of axis letters, lower case in einops patterns, upper c
 | S      | slots of a state's keys                    | `capacity`   |
 """
 
-from megablocks.functional.attention import (
-    AttentionFunction,
-    attend,
-    attention_function,
-    chunked_attention,
-    streamed_attention,
-)
+from megablocks.functional.attention import chunked_attention, streamed_attention
+from megablocks.functional.attention_function import AttentionFunction, attention_function
 from megablocks.functional.backends import ema_backend
 from megablocks.functional.ema import damped_ema, ema_kernel
 from megablocks.functional.position import rotary_bias, simple_bias
+from megablocks.functional.sight import attend
 
 __all__ = [
     "AttentionFunction",

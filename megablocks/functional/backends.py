@@ -9,9 +9,9 @@ from typing import NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from megablocks._checks import lookup
+from megablocks.functional.transforms import plain_only
 from megablocks.kernels import EMACoefficients
 
 
@@ -207,20 +207,10 @@ def choose(name: str, x: Tensor, truncation: int | None, *others: Tensor) -> Ker
 def _fastest(x: Tensor, truncation: int | None, others: tuple[Tensor, ...]) -> str:
     if x.shape[1] == 1 and truncation is None:
         return "recurrent"
-    fused = {"cpu": "numba_cpu", "cuda": "triton_gpu"}.get(x.device.type)
-    if (
-        fused is None
-        or not all(_INSTALLED[package] for package in BACKENDS[fused].needs)
-        or _needs_matrices(x, *others)
-    ):
-        return "blocked"
-    return fused
+    fused = _FUSED.get(x.device.type)
+    return "blocked" if fused is None or plain_only(x, *others) or _exporting() else fused
 
 
-def _needs_matrices(*inputs: Tensor) -> bool:
-    """Whether only plain matrix products will do: for export, for `torch.func`, for derivatives forwards."""
-    if torch.compiler.is_compiling():
-        return bool(getattr(torch.compiler, "is_exporting", bool)())
-    return torch._C._are_functorch_transforms_active() or any(
-        forward_ad.unpack_dual(part).tangent is not None for part in inputs
-    )  # type: ignore[no-untyped-call]
+def _exporting() -> bool:
+    """Whether `torch.export` is at work, whose programs should run where this package is not."""
+    return bool(getattr(torch.compiler, "is_exporting", bool)())

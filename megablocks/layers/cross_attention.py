@@ -21,8 +21,9 @@ from megablocks._checks import (
     values_readable,
 )
 from megablocks.functional.activation import activation_function
-from megablocks.functional.attention import AttentionFunction, attend
+from megablocks.functional.attention_function import AttentionFunction
 from megablocks.functional.padding import real_lengths, zero_padding
+from megablocks.functional.sight import Sight, attend_sight
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
 from megablocks.layers.norm import sequence_norm
@@ -223,15 +224,19 @@ class GatedCrossAttention(nn.Module):
         x = zero_padding(x, padding_mask)
         inputs = self.norm(x, padding_mask=padding_mask) if self.norm is not None and self.prenorm else x
         update, reset, q = self.q_proj(inputs).split(self._split, dim=-1)
-        bias = None
-        if self.position_bias is not None:
-            bias = self.position_bias(*self._positions(x, padding_mask, start, memory_padding_mask, state))
-        visible = None
+        shown = None
         if memory_padding_mask is not None or state is not None:
-            visible = ~start.padding_mask.unsqueeze(1)
-        keys, values = start.keys.to(q.dtype), start.values.to(q.dtype)
-        out, weights = attend(
-            q, keys, values, self.attention, bias=bias, visible=visible, dropout=self.attention_dropout
+            shown = ~start.padding_mask.unsqueeze(1)
+        positions = self._positions(x, padding_mask, start, memory_padding_mask, state)
+        out, weights = attend_sight(
+            q,
+            start.keys.to(q.dtype),
+            start.values.to(q.dtype),
+            self.attention,
+            Sight(*positions, causal=False, shown=shown),
+            bias=self.position_bias,
+            dropout=self.attention_dropout.or_none(),
+            need_weights=trace,
         )
         hidden = self.dropout(self.activation(self.h_proj(out * F.silu(reset))))
         y = x + torch.sigmoid(update) * (hidden - x)
@@ -239,7 +244,7 @@ class GatedCrossAttention(nn.Module):
             y = self.norm(y, padding_mask=padding_mask)
         y = zero_padding(y.to(x.dtype), padding_mask)
 
-        seen = Trace(cross_attention_weights=(zero_padding(weights, padding_mask),)) if trace else None
+        seen = None if weights is None else Trace(cross_attention_weights=(zero_padding(weights, padding_mask),))
         new_state = None
         if state is not None:
             length = real_lengths((x.shape[0], x.shape[1]), padding_mask, x.device)

@@ -33,6 +33,10 @@ class SequenceDropout(nn.Module):
             return x * F.dropout(x.new_ones(x.shape[0], 1, x.shape[2]), self.p)
         return F.dropout(x, self.p)
 
+    def or_none(self) -> SequenceDropout | None:
+        """Returns the module where it drops anything now, else `None`."""
+        return self if self.training and self.p > 0.0 else None
+
     def extra_repr(self) -> str:
         """Returns what `print` shows."""
         return f"p={self.p}, channels={self.channels}"

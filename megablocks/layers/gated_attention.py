@@ -21,11 +21,8 @@ from megablocks._checks import (
     check_table,
 )
 from megablocks.functional.activation import activation_function
-from megablocks.functional.attention import (
-    AttentionFunction,
-    chunked_attention,
-    streamed_attention,
-)
+from megablocks.functional.attention import chunked_attention, streamed_attention
+from megablocks.functional.attention_function import AttentionFunction
 from megablocks.functional.padding import zero_padding
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
@@ -241,7 +238,8 @@ class MovingAverageGatedAttention(nn.Module):
         options: dict[str, Any] = {
             "bias": self.position_bias,
             "padding_mask": padding_mask,
-            "dropout": self.attention_dropout,
+            "dropout": self.attention_dropout.or_none(),
+            "need_weights": trace,
         }
         new_state = None
         if state is None:
@@ -257,7 +255,7 @@ class MovingAverageGatedAttention(nn.Module):
         if self.norm is not None and not self.prenorm:
             y = self.norm(y, padding_mask=padding_mask)
         y = zero_padding(y.to(x.dtype), padding_mask)
-        return results(y, Trace(attention_weights=(weights,)) if trace else None, new_state)
+        return results(y, None if weights is None else Trace(attention_weights=(weights,)), new_state)
 
     def _check_streams(self) -> None:
         if not self.causal:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megablocks._checks import lookup
-from megablocks.functional.attention import AttentionFunction, Elementwise, attention_function
+from megablocks.functional.attention_function import AttentionFunction, Elementwise, attention_function
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.position import RotaryRelativeBias
 

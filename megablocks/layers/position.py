@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megablocks._checks import check_even, check_positions, check_size, check_table, values_readable
-from megablocks.functional.position import rotary_bias, simple_bias
+from megablocks.functional.position import rotary_bias, rotate, simple_bias
+from megablocks.functional.precision import without_autocast
 from megablocks.layers.arguments import remembers_arguments
 
 
@@ -126,6 +127,11 @@ class RotaryRelativeBias(nn.Module):
     ) -> Tensor:
         """Returns the bias of queries, shifted by `query_offset`, for keys; without `key`, at the unshifted queries."""
         return rotary_bias(self.alpha, self.beta, *_positions(query, key, query_offset, self.alpha.device))
+
+    def factors(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns vectors whose products are the bias, so that attention need not make it: `(L, Z)` and `(S, Z)`."""
+        with without_autocast(self.alpha):
+            return rotate(self.alpha, queries), rotate(self.beta, keys)
 
     def extra_repr(self) -> str:
         """Returns what `print` shows."""

@@ -10,17 +10,16 @@ from torch import Tensor
 
 import oracles
 from laws import assert_close, assert_same
-from megablocks.functional.attention import (
+from megablocks.functional.attention import chunked_attention, streamed_attention
+from megablocks.functional.attention_function import (
     ATTENTION,
     AttentionFunction,
     Elementwise,
-    attend,
     attention_function,
-    chunked_attention,
     laplace,
     relu2,
-    streamed_attention,
 )
+from megablocks.functional.sight import attend
 from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys
 from strategies import cases, mask
 

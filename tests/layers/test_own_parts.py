@@ -11,7 +11,7 @@ from torch import nn
 
 import megablocks
 from megablocks import GatedCrossAttention, MegaEncoder, MovingAverageGatedAttention, NormalizedFFN
-from megablocks.functional.attention import AttentionFunction, Elementwise
+from megablocks.functional.attention_function import AttentionFunction, Elementwise
 from megablocks.layers.arguments import remembers_arguments
 
 

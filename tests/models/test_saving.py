@@ -25,7 +25,7 @@ from megablocks import (
     mega_decoder,
     preset,
 )
-from megablocks.functional.attention import attention_function
+from megablocks.functional.attention_function import attention_function
 from megablocks.layers.arguments import remembers_arguments
 
 
