@@ -1,234 +1,305 @@
-"""Times the moving average against the way of the references: a kernel as long as the sequence, convolved by FFT.
+"""Times megablocks against the ways of the references, against a Transformer and against its own lower bounds.
 
-    python examples/benchmark.py                  # both suites, a few minutes on two cores
-    python examples/benchmark.py --suite ema      # one layer, forward and backward, time and peak memory
-    python examples/benchmark.py --suite scaling  # time per token from 4,096 to 131,072 tokens
+    python examples/benchmark.py                  # all suites, some minutes on two cores
+    python examples/benchmark.py --suite train    # one suite: ema, train, decode or scaling
     python examples/benchmark.py --quick          # small sizes, to see whether it runs
+    python examples/benchmark.py --peer PYTHON    # also against Hugging Face's MEGA, the port in transformers 4.40.2
 
-Contenders take turns, so that a machine that changes its speed changes it for all; what counts are the ratios, given
-as median and range over the turns. Peak memory is that of a process of its own above what its inputs take. Results go
-to `--out` as JSON and, as a figure, PNG.
+PYTHON is an interpreter that has torch, best of the same version, and transformers 4.40.2. Contenders take turns, so
+that a machine that changes its speed changes it for all; what counts are the ratios, given as median and range over
+the turns. While one works all others rest, in processes that are warm. Peak memory is that of a process of its own
+above what inputs and parameters take, on Linux. Everything runs on the CPU, with the threads that torch takes by
+itself. Results go to `--out` as JSON and, as a figure, PNG.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import IO, Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-import torch
-from torch import Tensor
+from benchmark_suites import SUITES, Contest, Ratio, contests
 from tqdm import tqdm
 
-import megablocks
-from megablocks import MultiDimensionDampedEMA
+matplotlib.use("Agg")  # draws to files and needs no display
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
-Layer = Callable[[Tensor], Tensor]
-
-
-def fft_way(ema: MultiDimensionDampedEMA) -> Layer:
-    """The average as the references compute it: D x N x L powers, summed to a kernel, convolved by FFT in float32."""
-
-    def call(x: Tensor) -> Tensor:
-        length = x.shape[1]
-        p = ema.alpha.sigmoid()
-        log_q = torch.log(1 - p * ema.delta.sigmoid())
-        powers = torch.exp(log_q.unsqueeze(-1) * torch.arange(length))
-        weights = (p * ema.beta).unsqueeze(-1) * powers
-        kernel = torch.einsum("dnl,dn->dl", weights, ema.eta * ema.ema_dim**-0.5)
-        signal = torch.fft.rfft(x.transpose(1, 2).float(), n=2 * length)
-        y = torch.fft.irfft(signal * torch.fft.rfft(kernel.float(), n=2 * length), n=2 * length)[..., :length]
-        return y.transpose(1, 2) + x * ema.omega
-
-    return call
+HERE = Path(__file__).resolve().parent
+REST = 0.05
+"""Seconds before each turn: for some milliseconds after the last one its threads still look out for more to do."""
+STYLES = {"time": ("#4c72b0", "o"), "memory": ("#dd8452", "s")}
+"""Color and marker in the figure."""
 
 
-def megablocks_way(name: str) -> Callable[[MultiDimensionDampedEMA], Layer]:
-    """The layer itself, on a backend by name."""
-
-    def made(ema: MultiDimensionDampedEMA) -> Layer:
-        def call(x: Tensor) -> Tensor:
-            with megablocks.ema_backend(name):
-                return ema(x)
-
-        return call
-
-    return made
+class WorkerError(Exception):
+    """A worker could not do what it was asked; shown without a traceback."""
 
 
-CONTENDERS: dict[str, Callable[[MultiDimensionDampedEMA], Layer]] = {
-    "FFT, as the references": fft_way,
-    "megablocks, blocked": megablocks_way("blocked"),
-}
-REFERENCE, OURS = CONTENDERS
+class Worker:
+    """A process that solves problems; see `benchmark_worker.py` for what can be asked."""
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], errors: IO[bytes]) -> None:
+        self._name, self._process, self._errors = name, process, errors
+
+    def ask(self, do: str, problem: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Sends a request and waits for the answer."""
+        with suppress(BrokenPipeError):  # nobody listens: then nobody answers, either
+            self._process.stdin.write(json.dumps({"do": do, "problem": problem}).encode() + b"\n")
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Waits for an answer; the first one is not asked for and tells what the worker runs on."""
+        if line := self._process.stdout.readline():
+            return json.loads(line)
+        code = self._process.wait()
+        self._errors.seek(0)
+        last_words = self._errors.read().decode(errors="replace").strip()
+        raise WorkerError(f"{self._name} ended with code {code}; its last words:\n{last_words}")
 
 
-def run_once(layer: Layer, x: Tensor, gradient: Tensor | None) -> None:
-    """One forward pass, and a backward pass where a gradient is given."""
-    if gradient is None:
-        with torch.no_grad():
-            layer(x)
-    else:
-        layer(x).backward(gradient)
+@contextmanager
+def worker(interpreter: str, script: str) -> Iterator[Worker]:
+    """A worker, until the end of the block."""
+    with tempfile.TemporaryFile() as errors:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+        try:
+            process = subprocess.Popen([interpreter, HERE / script], bufsize=0, **pipes)
+        except OSError as error:
+            raise WorkerError(f"cannot run {interpreter}: {error.strerror}") from error
+        with process:
+            try:
+                yield Worker(f"{script}, run by {interpreter},", process, errors)
+            finally:
+                process.terminate()  # it has nothing to lose
 
 
-def problem(sizes: dict[str, int], backward: bool) -> tuple[MultiDimensionDampedEMA, Tensor, Tensor | None]:
-    """Layer, input and gradient."""
-    torch.manual_seed(0)
-    ema = MultiDimensionDampedEMA(sizes["width"], sizes["averages"])
-    x = torch.randn(sizes["batch"], sizes["length"], sizes["width"], requires_grad=backward)
-    return ema, x, torch.randn_like(x) if backward else None
+class Side:
+    """The workers of one interpreter; they end with `stack`."""
+
+    def __init__(self, interpreter: str, script: str, stack: ExitStack) -> None:
+        self._start = lambda: stack.enter_context(worker(interpreter, script))
+        self.timer = self._start()
+        """Takes turns."""
+
+    @cached_property
+    def gauge(self) -> Worker:
+        """Measures memory, in copies of itself, and so never computes; started when it is needed."""
+        gauge = self._start()
+        gauge.answer()
+        return gauge
 
 
-def timed(sizes: dict[str, int], backward: bool, turns: int) -> dict[str, list[float]]:
-    """Seconds of each contender, turn by turn, after one turn to warm up."""
-    ema, x, gradient = problem(sizes, backward)
-    layers = {name: make(ema) for name, make in CONTENDERS.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    what = "forward and backward" if backward else "forward"
-    for turn in tqdm(range(turns + 1), desc=f"{what}, length {sizes['length']}", leave=False):
-        for name, layer in layers.items():
-            start = time.perf_counter()
-            run_once(layer, x, gradient)
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+@dataclass(frozen=True)
+class Row:
+    """A ratio and its values: of time one for each turn, of memory one."""
+
+    title: str
+    ratio: Ratio
+    values: list[float]
+
+    @property
+    def what(self) -> str:
+        """What is divided by what."""
+        return f"{self.ratio.measure}, {self.ratio.above} / {self.ratio.below}"
+
+    @property
+    def median(self) -> str:
+        """The middle value, as shown."""
+        return f"{statistics.median(self.values):.3g}"
+
+    @property
+    def range(self) -> str:
+        """The least and the greatest value, as shown."""
+        return "" if len(self.values) == 1 else f" ({min(self.values):.3g} to {max(self.values):.3g})"
 
 
-def peak_memory(name: str, sizes: dict[str, int], backward: bool) -> float:
-    """MiB that one pass takes at its peak, above its inputs, in a process of its own; NaN where Linux does not tell."""
-    if not Path("/proc/self/clear_refs").exists():
-        return float("nan")
-    request = json.dumps({"name": name, "sizes": sizes, "backward": backward})
-    answer = subprocess.run(
-        [sys.executable, __file__, "--measure-memory", request], capture_output=True, text=True, check=True
+@dataclass(frozen=True)
+class Result:
+    """What came of a contest."""
+
+    contest: Contest
+    seconds: dict[str, list[float]]
+    """Of each contender, turn by turn; over its tokens, where it has any."""
+    peak_mib: dict[str, list[float]]
+    """One number for each whose memory is compared; none where the system does not tell."""
+
+    def rows(self) -> Iterator[Row]:
+        """The ratios that could be measured."""
+        for ratio in self.contest.ratios:
+            measured = self.seconds if ratio.measure == "time" else self.peak_mib
+            above, below = measured[ratio.above], measured[ratio.below]
+            if above and below:
+                yield Row(self.contest.title, ratio, [a / b for a, b in zip(above, below, strict=True)])
+
+
+def hold(contest: Contest, sides: Mapping[str, Side], turns: int, done: Callable[[], object]) -> Result:
+    """Holds a contest and calls `done` after each of its `steps`."""
+    prepare(contest, sides)
+    seconds: dict[str, list[float]] = {name: [] for name in contest.contenders}
+    for _ in range(contest.turns(turns)):
+        for name, contender in contest.contenders.items():
+            time.sleep(REST)
+            answer = sides[contender.side].timer.ask("turn", contender.problem)
+            seconds[name].append(answer["seconds"] / contender.tokens)
+            done()
+    for side in sides.values():
+        side.timer.ask("forget")
+    peak_mib: dict[str, list[float]] = {}
+    for name in contest.weighed:
+        contender = contest.contenders[name]
+        peak_mib[name] = sides[contender.side].gauge.ask("memory", contender.problem)["mib"]
+        done()
+    return Result(contest, seconds, peak_mib)
+
+
+def steps(contest: Contest, turns: int) -> int:
+    """How often `hold` calls `done`."""
+    return contest.turns(turns) * len(contest.contenders) + len(contest.weighed)
+
+
+def prepare(contest: Contest, sides: Mapping[str, Side]) -> None:
+    """Lets every contender take a turn that does not count, and sees that the peer makes what we make."""
+    shapes: dict[str, list[int]] = {}
+    for name, contender in contest.contenders.items():
+        shapes[name] = sides[contender.side].timer.ask("prepare", contender.problem)["shape"]
+        ours = next(iter(shapes.values()))
+        if contender.side == "peer" and shapes[name] != ours:
+            raise WorkerError(f"in {contest.title}, {name} made a result of shape {shapes[name]}, we one of {ours}")
+
+
+def run(
+    suites: Mapping[str, list[Contest]], sides: Mapping[str, Side], turns: int, show_aims: bool
+) -> dict[str, list[Result]]:
+    """Holds all contests, under a progress bar, and prints each result as soon as it is there."""
+    results: dict[str, list[Result]] = {}
+    total = sum(steps(contest, turns) for held in suites.values() for contest in held)
+    with tqdm(total=total, unit="turn", leave=False) as bar:
+        for suite, held in suites.items():
+            bar.write(f"{SUITES[suite]}\n\n| what | ratio | median (range) | aim |\n|---|---|---|---|")
+            results[suite] = []
+            for contest in held:
+                bar.set_description(contest.title)
+                result = hold(contest, sides, turns, bar.update)
+                results[suite].append(result)
+                bar.write(table(result.rows(), show_aims))
+            bar.write("")
+    return results
+
+
+def table(rows: Iterable[Row], show_aims: bool) -> str:
+    """Lines of the printed table."""
+    lines = (
+        f"| {row.title} | {row.what} | {row.median}{row.range} | {row.ratio.aim if show_aims else ''} |" for row in rows
     )
-    return float(answer.stdout)
+    return "\n".join(lines)
 
 
-def measure_memory(request: str) -> None:
-    """The other side of `peak_memory`."""
-    asked = json.loads(request)
-    for length in (64, asked["sizes"]["length"]):  # the short one loads libraries and starts threads
-        ema, x, gradient = problem({**asked["sizes"], "length": length}, asked["backward"])
-        before = resident_mib(reset=True)
-        run_once(CONTENDERS[asked["name"]](ema), x, gradient)
-        peak = resident_mib(peak=True) - before
-    print(peak)
+def as_data(results: Mapping[str, list[Result]]) -> dict[str, Any]:
+    """Everything that was measured, for JSON."""
+    return {
+        suite: [
+            {
+                "title": result.contest.title,
+                "problems": {name: contender.problem for name, contender in result.contest.contenders.items()},
+                "seconds": result.seconds,
+                "peak_mib": result.peak_mib,
+                "ratios": [asdict(row.ratio) | {"values": row.values} for row in result.rows()],
+            }
+            for result in held
+        ]
+        for suite, held in results.items()
+    }
 
 
-def resident_mib(*, peak: bool = False, reset: bool = False) -> float:
-    """Memory that this process holds, or has held at its peak since the last `reset`, as Linux tells it."""
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    wanted = "VmHWM" if peak else "VmRSS"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(wanted)) / 1024
-
-
-def ratio(seconds: dict[str, list[float]]) -> list[float]:
-    """How many times longer the reference took, turn by turn."""
-    return [theirs / ours for theirs, ours in zip(seconds[REFERENCE], seconds[OURS], strict=True)]
-
-
-def shown(ratios: list[float]) -> str:
-    """Median and range."""
-    return f"{statistics.median(ratios):.1f} ({min(ratios):.1f} to {max(ratios):.1f})"
-
-
-def suite_ema(sizes: dict[str, int], turns: int) -> dict[str, object]:
-    """One layer, forward alone and with backward, time and memory."""
-    rows: dict[str, object] = {}
-    print("| pass | FFT time over ours | FFT peak memory over ours |\n|---|---|---|")
-    for backward in (False, True):
-        what = "forward and backward" if backward else "forward"
-        seconds = timed(sizes, backward, turns)
-        memory = {name: peak_memory(name, sizes, backward) for name in CONTENDERS}
-        rows[what] = {"seconds": seconds, "ratios": ratio(seconds), "peak_mib": memory}
-        print(f"| {what} | {shown(ratio(seconds))} | {memory[REFERENCE] / memory[OURS]:.1f} |", flush=True)
-    return rows
-
-
-def suite_scaling(sizes: dict[str, int], lengths: list[int], turns: int) -> dict[str, object]:
-    """Time per token of our forward and backward pass as the sequence grows, the batch being one."""
-    rows: dict[str, object] = {}
-    print("| length | microseconds per token, forward and backward | over that of the shortest |\n|---|---|---|")
-    first = 0.0
-    for length in lengths:
-        ema, x, gradient = problem({**sizes, "batch": 1, "length": length}, True)
-        times = []
-        for turn in range(turns + 1):
-            start = time.perf_counter()
-            run_once(CONTENDERS[OURS](ema), x, gradient)
-            if turn:
-                times.append((time.perf_counter() - start) / length * 1e6)
-        first = first or statistics.median(times)
-        rows[str(length)] = times
-        print(f"| {length} | {statistics.median(times):.1f} | {statistics.median(times) / first:.2f} |", flush=True)
-    return rows
-
-
-def draw(results: dict[str, dict[str, object]], path: Path) -> None:
-    """One panel for each suite."""
-    suites = [name for name in ("ema", "scaling") if name in results]
-    figure, axes = plt.subplots(1, len(suites), figsize=(5.5 * len(suites), 4), squeeze=False, layout="constrained")
-    for axis, name in zip(axes[0], suites, strict=True):
-        rows = results[name]
-        if name == "ema":
-            values = [statistics.median(row["ratios"]) for row in rows.values()]  # type: ignore[index]
-            bars = axis.bar(list(rows), values, width=0.5, color="#4c72b0")
-            axis.bar_label(bars, fmt="%.1f×")
-            axis.axhline(1, color="black", linewidth=0.8)
-            axis.set(title="The average: FFT time over ours", ylabel="times faster")
-        else:
-            axis.plot([int(key) for key in rows], [statistics.median(row) for row in rows.values()], marker="o")  # type: ignore[arg-type]
-            axis.set(title="Forward and backward, batch 1", xlabel="length", ylabel="microseconds per token")
-            axis.set_xscale("log", base=2)
-            axis.set_ylim(bottom=0)
+def draw(results: Mapping[str, list[Result]], path: Path) -> None:
+    """One panel for each suite: its ratios as points, their ranges as lines."""
+    rows = {suite: [row for result in held for row in result.rows()] for suite, held in results.items()}
+    heights = [len(of_suite) + 2 for of_suite in rows.values()]
+    size = (12, 0.3 * sum(heights) + 0.5)
+    figure, axes = plt.subplots(
+        len(rows), 1, figsize=size, height_ratios=heights, sharex=True, squeeze=False, layout="constrained"
+    )
+    for axis, (suite, of_suite) in zip(axes[:, 0], rows.items(), strict=True):
+        draw_rows(axis, of_suite)
+        axis.set_title(SUITES[suite], loc="left")
+    axes[-1, 0].set_xlabel("ratio: a point and, at the right, a number for the median; a line for the range over turns")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def main() -> None:
-    """Reads the command line and runs what it asks for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", choices=("ema", "scaling"), help="one suite alone")
-    parser.add_argument("--quick", action="store_true", help="small sizes and few turns")
-    parser.add_argument("--turns", type=int, default=None, help="counted turns of each contender")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="directory for JSON and PNG")
-    parser.add_argument("--measure-memory", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure_memory:
-        measure_memory(args.measure_memory)
-        return
-    sizes = {"batch": 4, "length": 4096, "width": 512, "averages": 16}
-    if args.quick:
-        sizes = {"batch": 2, "length": 512, "width": 64, "averages": 16}
+def draw_rows(axis: Axes, rows: list[Row]) -> None:
+    """Draws the first row on top."""
+    right_of_axis = axis.get_yaxis_transform()
+    axis.axvline(1, color="black", linewidth=0.8, zorder=0)
+    for height, row in enumerate(rows):
+        color, marker = STYLES[row.ratio.measure]
+        ends = [min(row.values), max(row.values)]
+        axis.plot(ends, [height, height], color=color, linewidth=2, solid_capstyle="butt")
+        axis.plot(statistics.median(row.values), height, color=color, marker=marker)
+        axis.text(1.01, height, row.median, transform=right_of_axis, verticalalignment="center")
+    labels = [f"{row.title}: {row.what}" for row in rows]
+    axis.set(xscale="log", yticks=range(len(rows)), yticklabels=labels, ylim=(len(rows) - 0.4, -0.6))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.tick_params(labelbottom=True)
+    axis.grid(axis="x", which="both", alpha=0.3)
+
+
+def benchmark(args: argparse.Namespace, sides: Mapping[str, Side]) -> None:
+    """Holds the contests that the command line asks for and writes what came of them."""
+    about = {name: side.timer.answer() for name, side in sides.items()}
+    for name, facts in about.items():
+        print(f"{name}: {', '.join(f'{key} {value}' for key, value in facts.items() if key != 'backends')}")
+    if not args.peer:
+        print("Without --peer, what is compared with Hugging Face's MEGA is left out.")
+    print()
+    suites = {}
+    for suite in [args.suite] if args.suite else SUITES:
+        possible = (contest.among(sides) for contest in contests(suite, args.quick, about["ours"]["backends"]))
+        suites[suite] = [contest for contest in possible if contest.ratios]
     turns = args.turns or (3 if args.quick else 9)
-    lengths = [512, 1024, 2048] if args.quick else [4096, 16384, 65536, 131072]
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    print(f"{machine}; batch {sizes['batch']}, width {sizes['width']}, {sizes['averages']} averages, {turns} turns\n")
-    results: dict[str, dict[str, object]] = {}
-    if args.suite in (None, "ema"):
-        results["ema"] = suite_ema(sizes, turns)
-        print()
-    if args.suite in (None, "scaling"):
-        results["scaling"] = suite_scaling(sizes, lengths, max(2, turns // 3))
+    results = run(suites, sides, turns, show_aims=not args.quick)
+
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "benchmark.json").write_text(json.dumps({"machine": machine, "sizes": sizes, **results}, indent=1))
+    data = {"machine": about, "quick": args.quick, "suites": as_data(results)}
+    (args.out / "benchmark.json").write_text(json.dumps(data, indent=1))
     draw(results, args.out / "benchmark.png")
-    print(f"\nwritten: {args.out / 'benchmark.json'}, {args.out / 'benchmark.png'}")
+    print(f"written: {args.out / 'benchmark.json'}, {args.out / 'benchmark.png'}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Reads the command line, runs what it asks for, and returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, help="one suite alone")
+    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter that has transformers 4.40.2")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few turns")
+    parser.add_argument("--turns", type=int, help="counted turns of each contender, where they are not slow")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"), help="directory for JSON and PNG")
+    args = parser.parse_args(arguments)
+    if args.turns is not None and args.turns < 1:
+        parser.error(f"argument --turns: must be at least 1, but is {args.turns}")
+    try:
+        with ExitStack() as stack:
+            sides = {"ours": Side(sys.executable, "benchmark_ours.py", stack)}
+            if args.peer:
+                sides["peer"] = Side(args.peer, "benchmark_peer.py", stack)
+            benchmark(args, sides)
+    except WorkerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -216,3 +217,64 @@ def test_the_custom_stack_learns_and_streams(tmp_path):
     assert (code, err) == (0, "")
     assert int(re.search(r"streamed .*; (\d+)% of the notes", out)[1]) > 60
     assert len((EXAMPLES / "custom_stack.py").read_text(encoding="utf-8").splitlines()) < 60
+
+
+@pytest.fixture
+def benchmark(monkeypatch, tmp_path) -> Callable[..., int]:
+    """Runs the benchmark at small sizes, with its results in `tmp_path`; it computes in processes of its own."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    command = importlib.import_module("benchmark")
+    return lambda *options: command.main(["--quick", "--turns", "2", "--out", str(tmp_path), *map(str, options)])
+
+
+def stand_in(path: Path, script: str) -> Path:
+    """An interpreter that runs another script than it is told to."""
+    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{EXAMPLES / script}"\n', encoding="utf-8")
+    path.chmod(0o755)
+    return path
+
+
+def test_the_benchmark_prints_writes_and_draws_every_suite(benchmark, tmp_path, capsys):
+    assert benchmark() == 0
+    printed = capsys.readouterr().out
+    assert "Without --peer" in printed
+    assert "peer /" not in printed
+    measured = json.loads((tmp_path / "benchmark.json").read_text())
+    assert list(measured["suites"]) == ["ema", "train", "decode", "scaling"]
+    for contests in measured["suites"].values():
+        assert contests
+        for contest in contests:
+            assert all(len(seconds) == 2 for seconds in contest["seconds"].values())
+            for ratio in contest["ratios"]:
+                assert all(value > 0 for value in ratio["values"])
+                assert re.search(rf"{contest['title']} .* {ratio['above']} / {ratio['below']} \| \d", printed)
+    assert (tmp_path / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in is a shell script")
+def test_the_benchmark_lets_the_peer_take_turns(benchmark, tmp_path, capsys):
+    assert benchmark("--suite", "decode", "--peer", stand_in(tmp_path / "python", "benchmark_ours.py")) == 0
+    assert len(re.findall(r"time, peer / ours \| \d", capsys.readouterr().out)) == 3
+    (reading,) = [
+        contest
+        for contest in json.loads((tmp_path / "benchmark.json").read_text())["suites"]["decode"]
+        if contest["title"].startswith("prompt")
+    ]
+    assert reading["problems"]["peer"] == reading["problems"]["ours"]
+    ours, peers = reading["seconds"]["ours"], reading["seconds"]["peer"]
+    assert reading["ratios"][0]["values"] == [theirs / mine for theirs, mine in zip(peers, ours, strict=True)]
+
+
+def test_a_peer_that_cannot_run_is_told_in_clear_words(benchmark, tmp_path, capsys):
+    # No transformers that this Python could have is old enough.
+    assert benchmark("--peer", sys.executable) == 2
+    error = capsys.readouterr().err
+    assert re.match(r"error: benchmark_peer.py, run by .* ended with code 1; its last words:\n", error)
+    assert "needs transformers 4.40.2" in error
+    assert "Traceback" not in error
+
+    assert benchmark("--peer", tmp_path / "nowhere") == 2
+    assert re.fullmatch(r"error: cannot run .*nowhere: .*\n", capsys.readouterr().err)
+    assert not (tmp_path / "benchmark.json").exists()
