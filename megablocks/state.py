@@ -66,7 +66,22 @@ class FixedKeys(NamedTuple):
     """`(B,)`, int64: real tokens of each row."""
 
 
-KeyState = ChunkKeys | GrowingKeys | FixedKeys
+class WorkingKeys(NamedTuple):
+    """Keys and values that belong to one loop, which nobody else sees: a step writes into them instead of copying.
+
+    `generate` makes them of a state and makes a state of them again. Token number i stands in slot i modulo S, S being
+    the length of a chunk, or where there are none the most tokens there will be.
+    """
+
+    keys: Tensor
+    """`(B, S, Z)`; slots behind that of the newest token may hold anything."""
+    values: Tensor
+    """`(B, S, V)`."""
+    length: Tensor
+    """`(B,)`, int64: real tokens of each row since its first slot was filled first."""
+
+
+KeyState = ChunkKeys | GrowingKeys | FixedKeys | WorkingKeys
 
 
 class AttentionState(NamedTuple):

@@ -18,7 +18,7 @@ from megablocks._checks import values_readable
 from megablocks.functional.attention_function import Attention
 from megablocks.functional.padding import Slots, pad_to_multiple, real_lengths, slots, take, zero_padding
 from megablocks.functional.sight import PositionBias, Sight, attend, attend_sight
-from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys, KeyState
+from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys, KeyState, WorkingKeys
 
 
 def chunked_attention(
@@ -100,6 +100,9 @@ def streamed_attention(
         The output $(B, L, V)$, zero at padding; the weights, $(B, 1, L, S)$ over the slots of the state or, for a
         segment longer than a chunk, $(B, K, C, C)$, `None` where they are not needed; and the new state.
     """
+    options: dict[str, Any] = {"bias": bias, "dropout": dropout, "need_weights": need_weights}
+    if isinstance(state, WorkingKeys):
+        return _in_place(q, k, v, state, function, padding_mask, **options)
     shape = (q.shape[0], q.shape[1])
     length, held = q.shape[1], state.keys.shape[1]
     size = held if isinstance(state, ChunkKeys) else None
@@ -107,20 +110,21 @@ def streamed_attention(
         count = held + length - 1 if length <= size else -(-(held + length - 1) // size) * size
     else:
         count = held if isinstance(state, FixedKeys) else held + length
-    layout = slots(shape, count, padding_mask=padding_mask, offset=state.length)
+    layout = None
+    if padding_mask is not None or (size is not None and length > size):
+        layout = slots(shape, count, padding_mask=padding_mask, offset=state.length)
+    at = state.length.unsqueeze(-1) + torch.arange(length, device=q.device) if layout is None else layout.slot
     total = state.length + real_lengths(shape, padding_mask, q.device)
     if isinstance(state, FixedKeys):
         _check_capacity(total, held)
-    keys = _append(state.keys, k, layout)
-    values = _append(state.values, v, layout)
+    keys, values = (_append(old, new, count, at, layout) for old, new in ((state.keys, k), (state.values, v)))
 
-    options: dict[str, Any] = {"bias": bias, "dropout": dropout, "need_weights": need_weights}
     seen = (keys.to(k.dtype), values.to(v.dtype), function)
-    if size is not None and length > size:
+    if layout is not None and size is not None and length > size:
         out, weights = _in_chunks(layout.put(q), *seen, size, True, layout.filled, **options)
         return layout.back(out), weights, _next_state(state, keys, values, total)
-    at, slot = layout.slot, torch.arange(count, device=q.device)
-    if size is None:
+    slot = torch.arange(count, device=q.device)
+    if size is None or count == size:
         out, weights = attend_sight(q, *seen, Sight(at, slot, causal=True), **options)
     else:
         visible = (slot <= at.unsqueeze(-1)) & (slot // size == at.unsqueeze(-1) // size)
@@ -158,10 +162,47 @@ def _in_chunks(
     return rearrange(out, "(b k) c v -> b (k c) v", b=batch), weights
 
 
-def _append(held: Tensor, new: Tensor, layout: Slots) -> Tensor:
+def _in_place(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: WorkingKeys,
+    function: Attention,
+    padding_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None, KeyState]:
+    """Attends from one token to those before it and itself, which it puts among them; padding is written over later."""
+    end = state.keys.shape[1]
+    at = state.length.unsqueeze(-1) % end
+    rows = torch.arange(q.shape[0], device=q.device)
+    for held, new in ((state.keys, k), (state.values, v)):
+        held[rows, at.squeeze(1)] = new.squeeze(1).to(held.dtype)
+    if values_readable(at):
+        end = int(at.max()) + 1
+    keys, values = state.keys[:, :end].to(k.dtype), state.values[:, :end].to(v.dtype)
+    sight = Sight(at, torch.arange(end, device=q.device), causal=True)
+    out, weights = attend_sight(q, keys, values, function, sight, **options)
+    out = zero_padding(out, padding_mask)
+    weights = None if weights is None else zero_padding(weights, padding_mask).unsqueeze(1)
+    total = state.length + real_lengths((q.shape[0], 1), padding_mask, q.device)
+    return out, weights, state._replace(length=total)
+
+
+def _append(held: Tensor, new: Tensor, count: int, at: Tensor, layout: Slots | None) -> Tensor:
     """Keys or values of a state, followed in each row by those of the segment: (B, S, ...)."""
-    # Both sides are zero where the other is not.
-    return F.pad(held, (0, 0, 0, layout.source.shape[1] - held.shape[1])) + layout.put(new).to(held.dtype)
+    new = new.to(held.dtype)
+    if (
+        layout is None
+        and count == held.shape[1] + new.shape[1]
+        and values_readable(at)
+        and bool((at[:, 0] == held.shape[1]).all())
+    ):
+        return torch.cat([held, new], dim=1)  # every row is full: nothing to put between others
+    grown = held if count == held.shape[1] else F.pad(held, (0, 0, 0, count - held.shape[1]))
+    if layout is not None:  # both are zero where the other is not
+        return grown + layout.put(new)
+    place = at.unsqueeze(-1).expand(new.shape)
+    return held.scatter(1, place, new) if grown is held else grown.scatter_(1, place, new)
 
 
 def _next_state(state: KeyState, keys: Tensor, values: Tensor, total: Tensor) -> KeyState:
@@ -170,6 +211,12 @@ def _next_state(state: KeyState, keys: Tensor, values: Tensor, total: Tensor) ->
     if isinstance(state, FixedKeys):
         return FixedKeys(keys, values, total)
     size = state.keys.shape[1]
+    if keys.shape[1] == size:  # one token: the chunk stays as it is, until it is full
+        full = total == size
+        if values_readable(full) and not bool(full.any()):
+            return ChunkKeys(keys, values, total)
+        emptied = (tensor.masked_fill(full.view(-1, 1, 1), 0.0) for tensor in (keys, values))
+        return ChunkKeys(*emptied, total.masked_fill(full, 0))
     length = total % size
     steps = torch.arange(size, device=keys.device)
     index = ((total - length).unsqueeze(-1) + steps).clamp(max=keys.shape[1] - 1)

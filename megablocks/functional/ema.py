@@ -16,15 +16,22 @@ from megablocks._checks import (
     check_state,
     check_state_shape,
 )
-from megablocks.functional.backends import choose
+from megablocks.functional.backends import Kernel, choose
 from megablocks.functional.padding import packed, zero_padding
 from megablocks.functional.precision import at_least_float32, without_autocast
 from megablocks.kernels import EMACoefficients
+from megablocks.kernels.recurrent import recurrent
 from megablocks.state import EMAState, TruncatedEMAState
 
 
 def coefficients(
-    alpha: Tensor, delta: Tensor, beta: Tensor, eta: Tensor, *, dtype: torch.dtype | None = None
+    alpha: Tensor,
+    delta: Tensor,
+    beta: Tensor,
+    eta: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    powers: bool = True,
 ) -> EMACoefficients:
     r"""Turns parameters into the coefficients of the recurrence, in float32 or wider.
 
@@ -39,11 +46,14 @@ def coefficients(
         beta: Expansion, $(D, N)$.
         eta: Projection, $(D, N)$.
         dtype: Precision to compute in; `None` for that of the parameters, and at least float32.
+        powers: Whether powers of q will be needed; a single step does without, and without $\log q$.
     """
     dtype = at_least_float32(alpha.dtype) if dtype is None else dtype
     alpha, delta, beta, eta = (parameter.to(dtype) for parameter in (alpha, delta, beta, eta))
     decay = alpha.sigmoid()
     p = decay * delta.sigmoid()
+    if not powers:
+        return EMACoefficients(p, p.new_empty(0), decay * beta, eta * eta.shape[-1] ** -0.5)
     slow = torch.log1p(-p.clamp(max=0.5))
     fast = torch.logaddexp(F.logsigmoid(-alpha), F.logsigmoid(alpha) + F.logsigmoid(-delta))
     log_q = torch.where(p < 0.5, slow, fast)
@@ -157,10 +167,14 @@ def damped_ema(
         _check_state(state, x.shape[0], channels, alpha.shape[1], truncation)
     dtype = at_least_float32(torch.promote_types(x.dtype, alpha.dtype))
     with without_autocast(x):
-        rows = coefficients(alpha, delta, beta, eta, dtype=dtype)
-        forward = EMACoefficients(*(row[:channels] for row in rows))
-        mirror = EMACoefficients(*(row[channels:] for row in rows)) if both else None
         inputs = zero_padding(x, padding_mask).to(dtype)
+        if truncation is not None and state is None and not torch.compiler.is_compiling() and truncation >= x.shape[1]:
+            truncation = None  # nothing to cut
+        kernel = choose(backend, inputs, truncation, alpha, delta, beta, eta)
+        stepwise = kernel is recurrent and truncation is None
+        rows = coefficients(alpha, delta, beta, eta, dtype=dtype, powers=not stepwise)
+        forward = EMACoefficients(*(row[:channels] for row in rows)) if both else rows
+        mirror = EMACoefficients(*(row[channels:] for row in rows)) if both else None
         if omega is not None:
             omega = omega.to(dtype)
         layout = None if padding_mask is None else packed(padding_mask)
@@ -170,12 +184,9 @@ def damped_ema(
 
         new_state: EMAState | TruncatedEMAState | None = None
         if isinstance(state, TruncatedEMAState):
-            y, new_state = _truncated_segment(inputs, forward, omega, state, lengths, truncation, backend)
+            y, new_state = _truncated_segment(kernel, inputs, forward, omega, state, lengths, truncation)
         else:
             hidden = None if state is None else state.hidden.to(dtype)
-            if truncation is not None and not torch.compiler.is_compiling() and truncation >= x.shape[1]:
-                truncation = None  # nothing to cut
-            kernel = choose(backend, inputs, truncation, *rows)
             y, after = kernel(
                 inputs,
                 forward,
@@ -225,17 +236,16 @@ def _check_state(state: object, batch: int, embed_dim: int, ema_dim: int, trunca
 
 
 def _truncated_segment(
+    kernel: Kernel,
     inputs: Tensor,
     forward: EMACoefficients,
     omega: Tensor | None,
     state: TruncatedEMAState,
     lengths: Tensor | None,
     truncation: int | None,
-    backend: str,
 ) -> tuple[Tensor, TruncatedEMAState]:
     remembered = state.inputs.shape[1]
     extended = torch.cat([state.inputs.to(inputs.dtype), inputs], dim=1)
-    kernel = choose(backend, extended, truncation, *forward)
     y, _ = kernel(extended, forward, omega=omega, truncation=truncation)
     if lengths is None:
         last = extended[:, -remembered:].contiguous()

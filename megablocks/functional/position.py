@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -58,11 +60,12 @@ def rotate(vector: Tensor, positions: Tensor) -> Tensor:
     """
     dtype = at_least_float32(vector.dtype)
     half = vector.shape[-1] // 2
-    # Angles grow with the position, so their rounding would too: float64 keeps them exact to 1e-9 at a million.
-    # Where a device has no float64, they are made on the CPU.
+    # Angles grow with the position, so their rounding would too: counted in float64, whole turns left out, they are
+    # exact to 1e-9 at a million. Where a device has no float64, they are made on the CPU.
     place = torch.device("cpu") if positions.device.type == "mps" else positions.device
-    exponents = torch.arange(half, device=place, dtype=torch.float64) / half
-    angles = positions.to(place).unsqueeze(-1).to(torch.float64) * ROTARY_BASE**-exponents
-    cosine, sine = (turn.to(dtype).to(positions.device) for turn in (angles.cos(), angles.sin()))
+    per_turn = [ROTARY_BASE ** (-k / half) / (2 * math.pi) for k in range(half)]
+    turns = positions.to(place).unsqueeze(-1) * torch.tensor(per_turn, dtype=torch.float64, device=place)
+    angles = ((turns - turns.round()) * (2 * math.pi)).to(dtype).to(positions.device)
+    cosine, sine = angles.cos(), angles.sin()
     first, second = vector.to(dtype).chunk(2, dim=-1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)

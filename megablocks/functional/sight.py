@@ -166,7 +166,14 @@ def attend(
         scores = scores + bias
     weights = function.weights(scores, visible)
     applied = weights.to(v.dtype)
-    return (applied if dropout is None else dropout(applied)) @ v, weights
+    return _product(applied if dropout is None else dropout(applied), v), weights
+
+
+def _product(weights: Tensor, v: Tensor) -> Tensor:
+    if torch.compiler.is_compiling() and weights.dim() == 3 and weights.shape[1] == 1 and v.device.type == "cpu":
+        # As `bmm` a compiler would make sums of it, fused with the softmax: an exponential for every value of a key.
+        return torch.baddbmm(v.new_zeros(1, 1, 1).expand(v.shape[0], 1, v.shape[2]), weights, v, beta=0)
+    return weights @ v
 
 
 def _fused_cuts(

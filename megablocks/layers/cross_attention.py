@@ -239,7 +239,7 @@ class GatedCrossAttention(nn.Module):
             need_weights=trace,
         )
         hidden = self.dropout(self.activation(self.h_proj(out * F.silu(reset))))
-        y = x + torch.sigmoid(update) * (hidden - x)
+        y = torch.lerp(x, hidden.to(x.dtype), torch.sigmoid(update).to(x.dtype))
         if self.norm is not None and not self.prenorm:
             y = self.norm(y, padding_mask=padding_mask)
         y = zero_padding(y.to(x.dtype), padding_mask)

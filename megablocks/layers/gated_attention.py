@@ -19,6 +19,7 @@ from megablocks._checks import (
     check_state,
     check_state_shape,
     check_table,
+    values_readable,
 )
 from megablocks.functional.activation import activation_function
 from megablocks.functional.attention import chunked_attention, streamed_attention
@@ -30,7 +31,7 @@ from megablocks.layers.ema import MultiDimensionDampedEMA
 from megablocks.layers.norm import sequence_norm
 from megablocks.layers.parts import attention_part, bias_module, reset_linear, reset_parts
 from megablocks.layers.trace import Trace, results
-from megablocks.state import AttentionState, ChunkKeys, FixedKeys, GrowingKeys, KeyState
+from megablocks.state import AttentionState, ChunkKeys, FixedKeys, GrowingKeys, KeyState, WorkingKeys
 
 
 @remembers_arguments
@@ -251,7 +252,7 @@ class MovingAverageGatedAttention(nn.Module):
             new_state = AttentionState(ema_state, keys)
 
         hidden = self.dropout(self.activation(candidate + self.h_proj(out * F.silu(reset))))
-        y = x + torch.sigmoid(update) * (hidden - x)
+        y = torch.lerp(x, hidden.to(x.dtype), torch.sigmoid(update).to(x.dtype))
         if self.norm is not None and not self.prenorm:
             y = self.norm(y, padding_mask=padding_mask)
         y = zero_padding(y.to(x.dtype), padding_mask)
@@ -269,7 +270,7 @@ class MovingAverageGatedAttention(nn.Module):
         check_state(state, AttentionState, "MovingAverageGatedAttention")
         keys: KeyState = state.keys
         made_under = keys.keys.shape[1] if isinstance(keys, ChunkKeys) else None
-        if made_under != chunk_size:
+        if made_under != chunk_size and not isinstance(keys, WorkingKeys):
             raise ValueError(
                 f"`state` was made under chunk_size={made_under}, but the layer now has chunk_size={chunk_size}; "
                 "a stream keeps the chunk size it began with."
@@ -283,6 +284,8 @@ class MovingAverageGatedAttention(nn.Module):
         if state is None:
             return length if chunk_size is None else min(length, chunk_size)
         held: int = state.keys.keys.shape[1]
+        if isinstance(state.keys, WorkingKeys) and values_readable(state.keys.length):
+            return min(held, int(state.keys.length.max()) + 1)
         return held + length if isinstance(state.keys, GrowingKeys) else held
 
     def _check_reach(self, span: int) -> None:

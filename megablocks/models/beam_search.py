@@ -100,7 +100,7 @@ def beam_search(
     B, T = prompt.shape[0], max_new_tokens
     first_beam = torch.arange(B, device=prompt.device).unsqueeze(1) * beams
     found = _none_found(B, beams, prompt.device)
-    with evaluating(model):
+    with evaluating(model.modules()):
         if state is None:
             state = starting_state(model, prompt, source, source_padding_mask)
         logits, state = next_logits(model, prompt, padding_mask, state)

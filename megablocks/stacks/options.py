@@ -8,7 +8,7 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 
 from megablocks._checks import check_size, lookup
-from megablocks.functional.attention import AttentionFunction
+from megablocks.functional.attention_function import AttentionFunction
 from megablocks.layers import (
     GatedCrossAttention,
     MovingAverageGatedAttention,
