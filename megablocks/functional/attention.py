@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megablocks._checks import values_readable
 from megablocks.functional.attention_function import Attention
-from megablocks.functional.padding import Slots, pad_to_multiple, real_lengths, slots, take, zero_padding
+from megablocks.functional.padding import Slots, Span, pad_to_multiple, real_lengths, slots, take, zero_padding
 from megablocks.functional.sight import PositionBias, Sight, attend, attend_sight
 from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys, KeyState, WorkingKeys
 
@@ -110,19 +110,22 @@ def streamed_attention(
         count = held + length - 1 if length <= size else -(-(held + length - 1) // size) * size
     else:
         count = held if isinstance(state, FixedKeys) else held + length
-    layout = None
-    if padding_mask is not None or (size is not None and length > size):
-        layout = slots(shape, count, padding_mask=padding_mask, offset=state.length)
-    at = state.length.unsqueeze(-1) + torch.arange(length, device=q.device) if layout is None else layout.slot
+    begin = _common_position(state.length) if padding_mask is None else None
+    layout: Slots | Span = (
+        slots(shape, count, padding_mask=padding_mask, offset=state.length)
+        if begin is None
+        else Span(begin, length, count, q.device)
+    )
     total = state.length + real_lengths(shape, padding_mask, q.device)
     if isinstance(state, FixedKeys):
         _check_capacity(total, held)
-    keys, values = (_append(old, new, count, at, layout) for old, new in ((state.keys, k), (state.values, v)))
+    keys, values = _append(state.keys, k, layout), _append(state.values, v, layout)
 
     seen = (keys.to(k.dtype), values.to(v.dtype), function)
-    if layout is not None and size is not None and length > size:
+    if size is not None and length > size:
         out, weights = _in_chunks(layout.put(q), *seen, size, True, layout.filled, **options)
         return layout.back(out), weights, _next_state(state, keys, values, total)
+    at = layout.slot
     slot = torch.arange(count, device=q.device)
     if size is None or count == size:
         out, weights = attend_sight(q, *seen, Sight(at, slot, causal=True), **options)
@@ -179,6 +182,7 @@ def _in_place(
         held[rows, at.squeeze(1)] = new.squeeze(1).to(held.dtype)
     if values_readable(at):
         end = int(at.max()) + 1
+        at = at[0] if _common_position(at) is not None else at
     keys, values = state.keys[:, :end].to(k.dtype), state.values[:, :end].to(v.dtype)
     sight = Sight(at, torch.arange(end, device=q.device), causal=True)
     out, weights = attend_sight(q, keys, values, function, sight, **options)
@@ -188,21 +192,24 @@ def _in_place(
     return out, weights, state._replace(length=total)
 
 
-def _append(held: Tensor, new: Tensor, count: int, at: Tensor, layout: Slots | None) -> Tensor:
+def _common_position(length: Tensor) -> int | None:
+    """Where all rows of a state stand, if they stand alike and that can be read."""
+    if not values_readable(length) or not bool((length == length[0]).all()):
+        return None
+    return int(length[0])
+
+
+def _append(held: Tensor, new: Tensor, layout: Slots | Span) -> Tensor:
     """Keys or values of a state, followed in each row by those of the segment: (B, S, ...)."""
     new = new.to(held.dtype)
-    if (
-        layout is None
-        and count == held.shape[1] + new.shape[1]
-        and values_readable(at)
-        and bool((at[:, 0] == held.shape[1]).all())
-    ):
-        return torch.cat([held, new], dim=1)  # every row is full: nothing to put between others
-    grown = held if count == held.shape[1] else F.pad(held, (0, 0, 0, count - held.shape[1]))
-    if layout is not None:  # both are zero where the other is not
+    if isinstance(layout, Span):
+        empty = held.new_zeros(held.shape[0], layout.total - layout.begin - layout.length, held.shape[2])
+        return torch.cat([held[:, : layout.begin], new, empty], dim=1)
+    missing = layout.source.shape[1] - held.shape[1]
+    grown = F.pad(held, (0, 0, 0, missing)) if missing else held
+    if layout.padding_mask is not None:  # both are zero where the other is not
         return grown + layout.put(new)
-    place = at.unsqueeze(-1).expand(new.shape)
-    return held.scatter(1, place, new) if grown is held else grown.scatter_(1, place, new)
+    return grown.scatter(1, layout.slot.unsqueeze(-1).expand(new.shape), new)
 
 
 def _next_state(state: KeyState, keys: Tensor, values: Tensor, total: Tensor) -> KeyState:
@@ -215,8 +222,8 @@ def _next_state(state: KeyState, keys: Tensor, values: Tensor, total: Tensor) ->
         full = total == size
         if values_readable(full) and not bool(full.any()):
             return ChunkKeys(keys, values, total)
-        emptied = (tensor.masked_fill(full.view(-1, 1, 1), 0.0) for tensor in (keys, values))
-        return ChunkKeys(*emptied, total.masked_fill(full, 0))
+        keys, values = (tensor.masked_fill(full.view(-1, 1, 1), 0.0) for tensor in (keys, values))
+        return ChunkKeys(keys, values, total.masked_fill(full, 0))
     length = total % size
     steps = torch.arange(size, device=keys.device)
     index = ((total - length).unsqueeze(-1) + steps).clamp(max=keys.shape[1] - 1)

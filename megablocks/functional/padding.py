@@ -34,6 +34,35 @@ class Slots(NamedTuple):
         return take(y, self.slot, self.padding_mask)
 
 
+class Span(NamedTuple):
+    """Where tokens go that every row puts into the same slots, from `begin` on: the plain case of `Slots`."""
+
+    begin: int
+    length: int
+    total: int
+    device: torch.device
+
+    @property
+    def slot(self) -> Tensor:
+        """Slot of each token, (L,)."""
+        return torch.arange(self.begin, self.begin + self.length, device=self.device)
+
+    @property
+    def filled(self) -> Tensor:
+        """Slots that got a token, (1, S), bool."""
+        slot = torch.arange(self.total, device=self.device)
+        return ((slot >= self.begin) & (slot < self.begin + self.length)).unsqueeze(0)
+
+    def put(self, x: Tensor) -> Tensor:
+        """Moves (B, L, D) into slots, (B, S, D); empty slots are zero."""
+        missing = self.total - self.begin - self.length
+        return F.pad(x, (0, 0, self.begin, missing)) if self.begin or missing else x
+
+    def back(self, y: Tensor) -> Tensor:
+        """Moves (B, S, D) from slots to the tokens they came from, (B, L, D)."""
+        return y[:, self.begin : self.begin + self.length]
+
+
 def slots(shape: tuple[int, int], count: int, *, padding_mask: Tensor | None, offset: Tensor) -> Slots:
     """Lays out `count` slots for tokens of the given `(batch, length)`; `offset` (B,) is each row's first slot."""
     length = shape[1]

@@ -41,6 +41,9 @@ from megablocks.kernels.registered import RegisteredKernel
 SMALL = 1 << 18
 """Steps times channels times averages that are not worth waking threads for."""
 
+PATIENCE = 1.0
+"""Seconds of compilation after which the first call says what it is doing."""
+
 _LOGGER = logging.getLogger("megablocks")
 _compiled: set[tuple[Compiled, np.dtype[Any]]] = set()
 
@@ -66,10 +69,10 @@ def _directions(log_q: Tensor, b: Tensor, g: Tensor, omega: Tensor | None, width
         records[:, :, FORGET_BLOCK] = -torch.expm1(STEPS * tiled_log_q)
         powers = records[:, :, POWERS : POWERS + STEPS + 1]
         torch.exp(tiled_log_q.unsqueeze(2) * torch.arange(STEPS + 1).view(-1, 1), out=powers)
-        inside = torch.einsum("inc,insc->isc", tiled_b * tiled_g, powers[:, :, :STEPS])
+        inside = ((tiled_b * tiled_g).unsqueeze(2) * powers[:, :, :STEPS]).sum(1)
         if omega is not None and start == 0:
             inside[:, 0] += F.pad(omega, (0, -width % TILE)).view(-1, TILE)
-        made.append(_Direction(records, inside.contiguous(), start > 0))
+        made.append(_Direction(records, inside, start > 0))
     return made
 
 
@@ -179,7 +182,8 @@ def _compile_for(task: Compiled, arrays: list[Any]) -> None:
     known = (task, arrays[0].dtype)
     if known in _compiled:
         return
-    told = threading.Timer(1.0, _LOGGER.warning, ("Compiling the damped EMA for this CPU; later calls need not wait.",))
+    message = "Compiling the damped EMA for this CPU; later calls need not wait."
+    told = threading.Timer(PATIENCE, _LOGGER.warning, (message,))
     told.start()
     task(0, 0, 0, False, 0, *arrays)  # no tile: nothing but the compilation
     told.cancel()

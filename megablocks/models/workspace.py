@@ -43,8 +43,8 @@ class Workspace(NamedTuple):
                 return keys  # too few slots: the state says so when it comes to that
             kinds.append(type(keys))
             missing = slots - keys.keys.shape[1]
-            room = (F.pad(tensor, (0, 0, 0, missing)) if missing else tensor.clone() for tensor in keys[:2])
-            return WorkingKeys(*room, keys.length)
+            own, values = (F.pad(t, (0, 0, 0, missing)) if missing else t.clone() for t in keys[:2])
+            return WorkingKeys(own, values, keys.length)
 
         made: DecoderState = _map_keys(working, state)
         ours = sum(isinstance(module, MovingAverageGatedAttention) and module.causal for module in model.modules())
