@@ -85,11 +85,11 @@ def language_model(*, layers: int, width: int, inner: int, qk: int, chunk: int |
     return MegaLanguageModel(decoder, vocab_size=256).eval()
 
 
-def decode(*, batch: int, prompt: int, tokens: int, **sizes: Any) -> Solve:
+def decode(*, batch: int, prompt: int, tokens: int, compiled: bool = False, **sizes: Any) -> Solve:
     """The most probable continuation of a prompt."""
     model = language_model(**sizes)
     read = torch.randint(256, (batch, prompt))
-    return lambda: generate(model, read, max_new_tokens=tokens).tokens
+    return lambda: generate(model, read, max_new_tokens=tokens, compiled=compiled).tokens
 
 
 def read_prompt(*, batch: int, length: int, **sizes: Any) -> Solve:

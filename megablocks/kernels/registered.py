@@ -13,7 +13,7 @@ read as zeros, and `y` and `dx` are zeros.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -175,7 +175,8 @@ def _twice_differentiable(dy: Tensor, dfinal: Tensor, *inputs: Any) -> tuple[Ten
     forward = EMACoefficients(*(row[:width] for row in rows))
     mirror = EMACoefficients(*(row[width:] for row in rows)) if log_q.shape[0] != width else None
     y, final = blocked(x, forward, mirror, omega=omega, hidden=hidden, lengths=lengths, final=True)
-    assert final is not None
     wanted = [part for part in inputs[:6] if part is not None and part.requires_grad]
-    grads = iter(torch.autograd.grad((y, final), wanted, (dy, dfinal), create_graph=True, materialize_grads=True))
+    grads = iter(
+        torch.autograd.grad((y, cast(Tensor, final)), wanted, (dy, dfinal), create_graph=True, materialize_grads=True)
+    )
     return tuple(next(grads) if part is not None and part.requires_grad else None for part in inputs)

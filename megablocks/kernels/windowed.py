@@ -8,7 +8,7 @@ averages would be simpler, but keeps a rounding error of everything that ever wa
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +59,7 @@ def _one_way(
     hidden = None
     width = whole_blocks(truncation, BLOCK)
     if width:
-        _, ends = kernel(rows, coefficients, final=True)
-        assert ends is not None
+        ends = cast(Tensor, kernel(rows, coefficients, final=True)[1])
         ends = ends.view(batch, blocks, channels, -1).permute(2, 0, 1, 3)
         hidden = window(ends, (coefficients.log_q * BLOCK).unsqueeze(1), width).permute(1, 2, 0, 3).flatten(0, 1)
     y = kernel(rows, coefficients, omega=omega, hidden=hidden)[0].view(batch, blocks * BLOCK, channels)
