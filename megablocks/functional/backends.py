@@ -196,9 +196,7 @@ def choose(name: str, x: Tensor, truncation: int | None, *others: Tensor) -> Ker
         name = _fastest(x, truncation, others)
     backend = _named(name)
     if backend.device not in (None, x.device.type):
-        raise ValueError(
-            f"The backend {name!r} runs on {backend.device}, but `x` is on {x.device.type}; use 'auto'."
-        )
+        raise ValueError(f"The backend {name!r} runs on {backend.device}, but `x` is on {x.device.type}; use 'auto'.")
     if not torch.compiler.is_compiling():
         _Choice.last_used = name
     return backend.load()
