@@ -195,7 +195,7 @@ def choose(name: str, x: Tensor, truncation: int | None, *others: Tensor) -> Ker
     if name == "auto":
         name = _fastest(x, truncation, others)
     backend = _named(name)
-    if backend.device not in (None, x.device.type):
+    if backend.device not in (None, x.device.type) and x.device.type != "meta":  # shapes alone run anywhere
         raise ValueError(f"The backend {name!r} runs on {backend.device}, but `x` is on {x.device.type}; use 'auto'.")
     if not torch.compiler.is_compiling():
         _Choice.last_used = name
