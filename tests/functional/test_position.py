@@ -54,9 +54,7 @@ def test_positions_of_their_own_for_each_row():
         assert_close(bias(queries, keys), torch.stack(rows), 1e-6)
 
 
-@pytest.mark.parametrize(
-    "module", [SimpleRelativeBias(9).double(), RotaryRelativeBias(4).double()], ids=["simple", "rotary"]
-)
+@pytest.mark.parametrize("module", [SimpleRelativeBias(9), RotaryRelativeBias(4)], ids=["simple", "rotary"])
 def test_offsets(module):
     whole = module(9)
     for offset in range(9):
@@ -65,7 +63,9 @@ def test_offsets(module):
     assert_close(rows, torch.stack([whole[0:2], whole[3:5], whole[7:9]]), 1e-6)
 
 
-@pytest.mark.parametrize("module", [SimpleRelativeBias(9), RotaryRelativeBias(4)], ids=["simple", "rotary"])
+@pytest.mark.parametrize(
+    "module", [SimpleRelativeBias(9).double(), RotaryRelativeBias(4).double()], ids=["simple", "rotary"]
+)
 def test_later_positions_do_not_change_earlier_rows(module):
     # Law 1 for a bias: how much follows a query is of no consequence to it.
     for length in range(1, 9):
