@@ -24,6 +24,8 @@ def test_the_fastest_is_chosen_for_each_call():
     assert ema_backend().last_used == "numba_cpu"
     layer(torch.randn(1, 1, 4))
     assert ema_backend().last_used == "recurrent"
+    MultiDimensionDampedEMA(4, 2, truncation=3)(torch.randn(1, 5, 4))
+    assert ema_backend().last_used == "blocked"
     layer.to("meta")(torch.empty(1, 5, 4, device="meta"))
     assert ema_backend().last_used == "blocked"
 
