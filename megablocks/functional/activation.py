@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,6 +17,45 @@ Activation = Callable[[Tensor], Tensor]
 def linear(x: Tensor) -> Tensor:
     """Returns `x`: no activation."""
     return x
+
+
+def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
+    r"""Returns $x \odot \mathrm{silu}(\text{gate})$, and keeps for the backward pass no more than what came in."""
+    if torch.compiler.is_compiling():  # a compiler decides itself what to keep, and warns of every `Function`
+        return x * F.silu(gate)
+    gated: Tensor = _SiluGate.apply(x, gate)  # type: ignore[no-untyped-call]
+    return gated
+
+
+class _SiluGate(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, gate: Tensor) -> Tensor:
+        return x * F.silu(gate)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate = ctx.saved_tensors
+        return gradient * F.silu(gate), _silu_slope(gradient * x, gate)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, gate_tangent: Tensor) -> Tensor:
+        x, gate = ctx.saved_tensors
+        return tangent * F.silu(gate) + _silu_slope(gate_tangent * x, gate)
+
+
+def _silu_slope(gradient: Tensor, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # the operator below has no derivative itself
+        sigmoid = x.sigmoid()
+        return gradient * sigmoid * (1.0 + x * (1.0 - sigmoid))
+    slope: Tensor = torch.ops.aten.silu_backward(gradient, x)
+    return slope
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

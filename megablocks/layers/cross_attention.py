@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megablocks._checks import (
@@ -20,7 +19,7 @@ from megablocks._checks import (
     check_table,
     values_readable,
 )
-from megablocks.functional.activation import activation_function
+from megablocks.functional.activation import activation_function, silu_gate
 from megablocks.functional.attention_function import AttentionFunction
 from megablocks.functional.padding import real_lengths, zero_padding
 from megablocks.functional.sight import Sight, attend_sight
@@ -238,7 +237,7 @@ class GatedCrossAttention(nn.Module):
             dropout=self.attention_dropout.or_none(),
             need_weights=trace,
         )
-        hidden = self.dropout(self.activation(self.h_proj(out * F.silu(reset))))
+        hidden = self.dropout(self.activation(self.h_proj(silu_gate(out, reset))))
         y = torch.lerp(x, hidden.to(x.dtype), torch.sigmoid(update).to(x.dtype))
         if self.norm is not None and not self.prenorm:
             y = self.norm(y, padding_mask=padding_mask)

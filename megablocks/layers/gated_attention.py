@@ -21,7 +21,7 @@ from megablocks._checks import (
     check_table,
     values_readable,
 )
-from megablocks.functional.activation import activation_function
+from megablocks.functional.activation import activation_function, silu_gate
 from megablocks.functional.attention import chunked_attention, streamed_attention
 from megablocks.functional.attention_function import AttentionFunction
 from megablocks.functional.padding import zero_padding
@@ -251,7 +251,7 @@ class MovingAverageGatedAttention(nn.Module):
             out, weights, keys = streamed_attention(q, k, v, state.keys, self.attention, **options)
             new_state = AttentionState(ema_state, keys)
 
-        hidden = self.dropout(self.activation(candidate + self.h_proj(out * F.silu(reset))))
+        hidden = self.dropout(self.activation(candidate + self.h_proj(silu_gate(out, reset))))
         y = torch.lerp(x, hidden.to(x.dtype), torch.sigmoid(update).to(x.dtype))
         if self.norm is not None and not self.prenorm:
             y = self.norm(y, padding_mask=padding_mask)
