@@ -45,7 +45,7 @@ class Sight(NamedTuple):
     """What queries see: keys at no later position, where `causal`, that are not hidden."""
 
     queries: Tensor
-    """Positions, (L,) or (B, L); the last L of S keys in time, where `causal`."""
+    """Positions, (L,) or (B, L); where `causal`, (L,) are consecutive, and each has a key from the first on."""
     keys: Tensor
     """Positions, (S,) or (B, S)."""
     causal: bool
@@ -62,7 +62,7 @@ class Sight(NamedTuple):
     def piece(self, first: int, last: int) -> Sight:
         """What queries `first` to `last` see."""
         length, end = self.queries.shape[-1], self.keys.shape[-1]
-        if self.causal:
+        if self.causal and self.queries.dim() == 1:  # rows of their own may stand anywhere, behind padding too
             end = end - length + min(last, length)
         shown = None if self.shown is None else self.shown[..., :end]
         return Sight(self.queries[..., first:last], self.keys[..., :end], self.causal, shown)

@@ -185,8 +185,10 @@ def _compile_for(task: Compiled, arrays: list[Any]) -> None:
     message = "Compiling the damped EMA for this CPU; later calls need not wait."
     told = threading.Timer(PATIENCE, _LOGGER.warning, (message,))
     told.start()
-    task(0, 0, 0, False, 0, *arrays)  # no tile: nothing but the compilation
-    told.cancel()
+    try:
+        task(0, 0, 0, False, 0, *arrays)  # no tile: nothing but the compilation
+    finally:
+        told.cancel()
     _compiled.add(known)
 
 

@@ -74,6 +74,45 @@ def test_layers_give_the_same(ways, monkeypatch, attention, causal, bias, values
     assert_gradients_close(grads, wanted)
 
 
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("kind", ["growing", "fixed", "chunks"])
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_streams_give_the_same(ways, attention, kind, padding):
+    torch.manual_seed(0)
+    layer = MovingAverageGatedAttention(
+        12, 8, attention=attention, chunk_size=30 if kind == "chunks" else None
+    ).double()
+    x = torch.randn(2, LENGTH, 12, dtype=torch.float64)
+    mask = torch.zeros(2, LENGTH, dtype=torch.bool)
+    if padding == "left":
+        mask[0, :20] = True
+    elif padding == "right":
+        mask[0, 30:] = True
+    capacity = int((~mask).sum(1).max()) if kind == "fixed" else None
+    whole = layer(x, padding_mask=mask)
+    state = layer.init_state(2, capacity=capacity)
+    pieces = []
+    for piece, hidden in zip(x.split([3, 19, 28], 1), mask.split([3, 19, 28], 1), strict=True):
+        given = {} if padding == "none" else {"padding_mask": hidden}
+        y, state = layer(piece, state=state, **given)
+        pieces.append(y)
+    assert_close(torch.cat(pieces, 1), whole)
+    assert "_in_pieces" in ways
+
+
+def test_a_full_state_is_seen_behind_padding(ways):
+    torch.manual_seed(0)
+    layer = MovingAverageGatedAttention(12, 8).double()
+    x = torch.randn(1, LENGTH + 2, 12, dtype=torch.float64)
+    state = layer.init_state(1, capacity=LENGTH)
+    whole = layer(x[:, :LENGTH])
+    y, state = layer(x[:, : LENGTH - 2], state=state)
+    padding = torch.arange(LENGTH) >= 2
+    rest = torch.cat([x[:, LENGTH - 2 : LENGTH], x[:, : LENGTH - 2]], dim=1)
+    z, _ = layer(rest, state=state, padding_mask=padding.unsqueeze(0))
+    assert_close(torch.cat([y, z[:, :2]], 1), whole)
+
+
 def taken_for(ways: list[str], *, attention: str, bias: object, values: int, causal: bool = True, **options) -> str:
     """The way that a call takes."""
     q, k, v = torch.randn(2, LENGTH, 8), torch.randn(2, LENGTH, 8), torch.randn(2, LENGTH, values)
