@@ -5,32 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from types import TracebackType
-from typing import NamedTuple, Protocol, overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from megablocks._checks import lookup
 from megablocks.functional.transforms import plain_only
-from megablocks.kernels import EMACoefficients
-
-
-class Kernel(Protocol):
-    """What `megablocks.kernels` says a kernel is."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        forward: EMACoefficients,
-        mirror: EMACoefficients | None = None,
-        *,
-        omega: Tensor | None = None,
-        hidden: Tensor | None = None,
-        lengths: Tensor | None = None,
-        truncation: int | None = None,
-        final: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Runs the kernel."""
+from megablocks.kernels import Kernel
 
 
 class Backend(NamedTuple):

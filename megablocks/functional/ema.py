@@ -16,10 +16,10 @@ from megablocks._checks import (
     check_state,
     check_state_shape,
 )
-from megablocks.functional.backends import Kernel, choose
+from megablocks.functional.backends import choose
 from megablocks.functional.padding import packed, zero_padding
 from megablocks.functional.precision import at_least_float32, without_autocast
-from megablocks.kernels import EMACoefficients
+from megablocks.kernels import EMACoefficients, Kernel
 from megablocks.kernels.recurrent import recurrent
 from megablocks.state import EMAState, TruncatedEMAState
 

@@ -21,7 +21,7 @@ from `x` of shape (B, L, D), and adds the same sum run backwards in time with th
 Everything is computed in the dtype of the coefficients, float32 or float64, in which `x` already is.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -39,4 +39,22 @@ class EMACoefficients(NamedTuple):
     """Weight of the average in the output, eta / sqrt(N)."""
 
 
-__all__ = ["EMACoefficients"]
+class Kernel(Protocol):
+    """What computes the average, as said above."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        forward: EMACoefficients,
+        mirror: EMACoefficients | None = None,
+        *,
+        omega: Tensor | None = None,
+        hidden: Tensor | None = None,
+        lengths: Tensor | None = None,
+        truncation: int | None = None,
+        final: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Runs the kernel."""
+
+
+__all__ = ["EMACoefficients", "Kernel"]

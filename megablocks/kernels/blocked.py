@@ -1,4 +1,4 @@
-"""The damped EMA as matrix products over blocks of time: portable, differentiable, the default.
+"""The damped EMA as matrix products over blocks of time: portable and differentiable to any order.
 
 Time is cut into J blocks of T steps. Inside a block the EMA is a triangular T x T Toeplitz product per channel; from
 block to block only N numbers per channel are carried:

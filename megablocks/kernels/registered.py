@@ -13,7 +13,8 @@ read as zeros, and `y` and `dx` are zeros.
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,81 +24,25 @@ from megablocks.kernels.blocked import blocked
 from megablocks.kernels.windowed import windowed
 
 
-class _Forward(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        log_q: Tensor,
-        b: Tensor,
-        g: Tensor,
-        omega: Tensor | None,
-        hidden: Tensor | None,
-        lengths: Tensor | None,
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class _Backward(Protocol):
-    def __call__(
-        self,
-        dy: Tensor,
-        dfinal: Tensor,
-        x: Tensor,
-        log_q: Tensor,
-        b: Tensor,
-        g: Tensor,
-        omega: Tensor | None,
-        hidden: Tensor | None,
-        lengths: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
-
-
 class RegisteredKernel:
     """A kernel (see `megablocks.kernels`) that is the operator `megablocks::NAME` to torch.
 
     Its gradients come from `backward`; gradients of gradients, from `blocked`.
     """
 
-    def __init__(self, name: str, forward: _Forward, backward: _Backward) -> None:
+    def __init__(
+        self, name: str, forward: Callable[..., tuple[Tensor, ...]], backward: Callable[..., tuple[Tensor, ...]]
+    ) -> None:
         self.name = name
-
-        # Annotated by hand: torch reads an operator's signature from them, and strings it cannot read.
-        def run(
-            x: Tensor,
-            log_q: Tensor,
-            b: Tensor,
-            g: Tensor,
-            omega: Tensor | None,
-            hidden: Tensor | None,
-            lengths: Tensor | None,
-        ) -> tuple[Tensor, Tensor]:
-            return forward(x, log_q, b, g, omega, hidden, lengths)
-
-        def run_back(
-            dy: Tensor,
-            dfinal: Tensor,
-            x: Tensor,
-            log_q: Tensor,
-            b: Tensor,
-            g: Tensor,
-            omega: Tensor | None,
-            hidden: Tensor | None,
-            lengths: Tensor | None,
-        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-            return backward(dy.contiguous(), dfinal.contiguous(), x, log_q, b, g, omega, hidden, lengths)
-
-        tensors, options = (
-            "Tensor x, Tensor log_q, Tensor b, Tensor g",
-            "Tensor? omega, Tensor? hidden, Tensor? lengths",
-        )
+        inputs = "Tensor x, Tensor log_q, Tensor b, Tensor g, Tensor? omega, Tensor? hidden, Tensor? lengths"
         self.operator = torch.library.custom_op(
-            f"megablocks::{name}", run, mutates_args=(), schema=f"({tensors}, {options}) -> (Tensor, Tensor)"
+            f"megablocks::{name}", forward, mutates_args=(), schema=f"({inputs}) -> (Tensor, Tensor)"
         )
         self.backward_operator = torch.library.custom_op(
             f"megablocks::{name}_backward",
-            run_back,
+            backward,
             mutates_args=(),
-            schema=f"(Tensor dy, Tensor dfinal, {tensors}, {options})"
-            " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+            schema=f"(Tensor dy, Tensor dfinal, {inputs}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         )
         self.operator.register_fake(_shapes)
         self.backward_operator.register_fake(_shapes_back)
@@ -131,35 +76,19 @@ class RegisteredKernel:
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _twice_differentiable(dy, dfinal, *saved)
-        dx, dlog_q, db, dg, domega, dhidden = self.backward_operator(dy, dfinal, *saved)
+        dx, dlog_q, db, dg, domega, dhidden = self.backward_operator(dy.contiguous(), dfinal.contiguous(), *saved)
         omega, hidden = saved[4:6]
         return dx, dlog_q, db, dg, None if omega is None else domega, None if hidden is None else dhidden, None
 
 
-def _shapes(
-    x: Tensor,
-    log_q: Tensor,
-    b: Tensor,
-    g: Tensor,
-    omega: Tensor | None,
-    hidden: Tensor | None,
-    lengths: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _shapes(x: Tensor, log_q: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), x.new_empty(x.shape[0], x.shape[2], log_q.shape[1])
 
 
 def _shapes_back(
-    dy: Tensor,
-    dfinal: Tensor,
-    x: Tensor,
-    log_q: Tensor,
-    b: Tensor,
-    g: Tensor,
-    omega: Tensor | None,
-    hidden: Tensor | None,
-    lengths: Tensor | None,
+    dy: Tensor, dfinal: Tensor, x: Tensor, log_q: Tensor, b: Tensor, g: Tensor, *others: Tensor | None
 ) -> tuple[Tensor, ...]:
-    alike = torch.empty_like(x), torch.empty_like(log_q), torch.empty_like(b), torch.empty_like(g)
+    alike = (torch.empty_like(part) for part in (x, log_q, b, g))
     return *alike, x.new_empty(x.shape[2]), torch.empty_like(dfinal)
 
 

@@ -8,30 +8,18 @@ averages would be simpler, but keeps a rounding error of everything that ever wa
 
 from __future__ import annotations
 
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megablocks.kernels import EMACoefficients
+from megablocks.kernels import EMACoefficients, Kernel
 from megablocks.kernels.blocked import BLOCK, blocked, earlier, half_seen, transposed, whole_blocks, window
 
 
-class _Endless(Protocol):
-    def __call__(
-        self,
-        x: Tensor,
-        forward: EMACoefficients,
-        *,
-        omega: Tensor | None = None,
-        hidden: Tensor | None = None,
-        final: bool = False,
-    ) -> tuple[Tensor, Tensor | None]: ...
-
-
 def windowed(
-    kernel: _Endless,
+    kernel: Kernel,
     x: Tensor,
     forward: EMACoefficients,
     mirror: EMACoefficients | None = None,
@@ -48,9 +36,7 @@ def windowed(
     return y
 
 
-def _one_way(
-    kernel: _Endless, x: Tensor, coefficients: EMACoefficients, omega: Tensor | None, truncation: int
-) -> Tensor:
+def _one_way(kernel: Kernel, x: Tensor, coefficients: EMACoefficients, omega: Tensor | None, truncation: int) -> Tensor:
     batch, length, channels = x.shape
     blocks = -(-length // BLOCK)
     x = F.pad(x, (0, 0, 0, blocks * BLOCK - length))

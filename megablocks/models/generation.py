@@ -243,7 +243,8 @@ def _steps(
             if count == 0 and not keep_states:
                 working = Workspace.of(model, reached, max_new_tokens - 1, rounded=compiled)
                 reached = reached if working is None else working.state
-                read = _compiled_step() if compiled else next_logits
+                if compiled and working is not None:  # other keys may grow: every step would be compiled anew
+                    read = _compiled_step()
             # What a finished row would read is padding, so that its state stands still.
             tokens, mask = chosen.unsqueeze(1), finished.unsqueeze(1) if ended or compiled else None
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from megablocks.layers.gated_attention import MovingAverageGatedAttention
 from megablocks.state import ChunkKeys, DecoderState, FixedKeys, GrowingKeys, WorkingKeys
@@ -19,8 +19,8 @@ ROUND = 256
 class Workspace(NamedTuple):
     """The state of a loop that reads one token of each row at a time, and what it was made of."""
 
-    original: DecoderState
     state: DecoderState
+    originals: tuple[ChunkKeys | GrowingKeys | FixedKeys, ...]
 
     @classmethod
     def of(cls, model: nn.Module, state: DecoderState, steps: int, *, rounded: bool) -> Workspace | None:
@@ -32,7 +32,7 @@ class Workspace(NamedTuple):
             steps: Tokens that each row will read at most.
             rounded: Whether to leave room for more tokens, so that fewer shapes occur.
         """
-        kinds: list[type] = []
+        originals: list[ChunkKeys | GrowingKeys | FixedKeys] = []
 
         def working(keys: ChunkKeys | GrowingKeys | FixedKeys) -> Any:
             slots = keys.keys.shape[1]
@@ -41,31 +41,29 @@ class Workspace(NamedTuple):
                 slots = -(-slots // ROUND) * ROUND if rounded else slots
             elif isinstance(keys, FixedKeys) and int(keys.length.max()) + steps > slots:
                 return keys  # too few slots: the state says so when it comes to that
-            kinds.append(type(keys))
+            originals.append(keys)
             missing = slots - keys.keys.shape[1]
             own, values = (F.pad(t, (0, 0, 0, missing)) if missing else t.clone() for t in keys[:2])
             return WorkingKeys(own, values, keys.length)
 
         made: DecoderState = _map_keys(working, state)
         ours = sum(isinstance(module, MovingAverageGatedAttention) and module.causal for module in model.modules())
-        return cls(state, made) if len(kinds) == ours else None
+        return cls(made, tuple(originals)) if len(originals) == ours else None
 
     def settled(self, state: DecoderState) -> DecoderState:
         """Returns what the loop has come to as a state of the kind that it began with."""
-        originals: list[Any] = []
-        _map_keys(originals.append, self.original)
-        kinds = iter(originals)
+        originals = iter(self.originals)
 
         def settle(keys: WorkingKeys) -> Any:
-            original = next(kinds)
+            original = next(originals)
             slots, length = keys.keys.shape[1], keys.length
             if isinstance(original, GrowingKeys):
                 slots = original.keys.shape[1] + int((length - original.length).max())
             elif isinstance(original, ChunkKeys):
                 length = length % slots
             empty = (torch.arange(slots, device=length.device) >= length.unsqueeze(-1)).unsqueeze(-1)
-            kept: tuple[Tensor, ...] = tuple(tensor[:, :slots].masked_fill(empty, 0.0) for tensor in keys[:2])
-            return type(original)(*kept, length)
+            own, values = (tensor[:, :slots].masked_fill(empty, 0.0) for tensor in keys[:2])
+            return type(original)(own, values, length)
 
         settled: DecoderState = _map_keys(settle, state)
         return settled
