@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.utils._device
@@ -44,14 +45,15 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
     """`make`, with NaN in the memory that it leaves uninitialised."""
 
-    def make_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def make_poisoned(*args: Any, **kwargs: Any) -> Any:
         made = make(*args, **kwargs)
-        if made.is_floating_point():
+        floating = made.is_floating_point() if isinstance(made, torch.Tensor) else made.dtype.kind == "f"
+        if floating:
             with torch.no_grad():
-                made.fill_(float("nan"))
+                made[...] = float("nan")
         return made
 
     return make_poisoned
@@ -61,5 +63,5 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Makes uninitialised memory show: it holds NaN instead of what happens to lie there, mostly zeros."""
     if "compile" not in request.keywords:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty")):
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

@@ -2,7 +2,8 @@
 
 This half makes the tables that the compiled one, `numba_tiles`, reads, and shares rows out to threads. The backward
 pass runs time backwards; it needs the state before each block, and computes it again from states that it lays down
-once in a chunk. Threads are Python's, which compiled code does not hold up: that works after a fork and from several
+once in a chunk. Tables are NumPy's work: torch would wake threads of its own, which then stand in the way of ours.
+Threads are Python's, which compiled code does not hold up: that works after a fork and from several
 threads at once, where numba's own do not.
 """
 
@@ -18,8 +19,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -38,6 +39,8 @@ from megablocks.kernels.numba_tiles import (
 )
 from megablocks.kernels.registered import RegisteredKernel
 
+Array = npt.NDArray[Any]
+
 SMALL = 1 << 18
 """Steps times channels times averages that are not worth waking threads for."""
 
@@ -51,9 +54,9 @@ _compiled: set[tuple[Compiled, np.dtype[Any]]] = set()
 class _Direction(NamedTuple):
     """Coefficients of one direction of time, as the compiled functions read them."""
 
-    records: Tensor
+    records: Array
     """(tiles, N', rows of a record, TILE), states, adjoints and gradients zero; N' is N or N + 1, an even number."""
-    inside: Tensor
+    inside: Array
     """(tiles, S, TILE): weights of a block's inputs in its own outputs, the skip connection at lag 0 included."""
     flip: bool
     """Whether time runs backwards."""
@@ -63,26 +66,26 @@ def _directions(log_q: Tensor, b: Tensor, g: Tensor, omega: Tensor | None, width
     made = []
     for start in range(0, log_q.shape[0], width):
         tiled_log_q, tiled_b, tiled_g = (_tiled(part[start : start + width]) for part in (log_q, b, g))
-        records = log_q.new_zeros(*tiled_b.shape[:2], RECORD // TILE, TILE)
+        records = np.zeros((*tiled_b.shape[:2], RECORD // TILE, TILE), tiled_b.dtype)
         records[:, :, EXPANSION], records[:, :, PROJECTION] = tiled_b, tiled_g
-        records[:, :, FORGET_STEP] = -torch.expm1(tiled_log_q)
-        records[:, :, FORGET_BLOCK] = -torch.expm1(STEPS * tiled_log_q)
+        records[:, :, FORGET_STEP] = -np.expm1(tiled_log_q)
+        records[:, :, FORGET_BLOCK] = -np.expm1(STEPS * tiled_log_q)
         powers = records[:, :, POWERS : POWERS + STEPS + 1]
-        torch.exp(tiled_log_q.unsqueeze(2) * torch.arange(STEPS + 1).view(-1, 1), out=powers)
-        inside = ((tiled_b * tiled_g).unsqueeze(2) * powers[:, :, :STEPS]).sum(1)
+        np.exp(tiled_log_q[:, :, None] * np.arange(STEPS + 1, dtype=powers.dtype)[:, None], out=powers)
+        inside = ((tiled_b * tiled_g)[:, :, None] * powers[:, :, :STEPS]).sum(1)
         if omega is not None and start == 0:
-            inside[:, 0] += F.pad(omega, (0, -width % TILE)).view(-1, TILE)
+            inside[:, 0] += np.pad(omega.numpy(), (0, -width % TILE)).reshape(-1, TILE)
         made.append(_Direction(records, inside, start > 0))
     return made
 
 
-def _tiled(part: Tensor) -> Tensor:
+def _tiled(part: Tensor) -> Array:
     """(D, N) as (tiles, N', TILE), filled up with zeros."""
-    filled = F.pad(part, (0, part.shape[1] % 2, 0, -part.shape[0] % TILE))
-    return rearrange(filled, "(i c) n -> i n c", c=TILE).contiguous()
+    filled = np.pad(part.numpy(), ((0, -part.shape[0] % TILE), (0, part.shape[1] % 2)))
+    return np.ascontiguousarray(rearrange(filled, "(i c) n -> i n c", c=TILE))
 
 
-def _untiled(tiled: Tensor, width: int, averages: int) -> Tensor:
+def _untiled(tiled: Array, width: int, averages: int) -> Array:
     """The other way."""
     return rearrange(tiled, "i n c -> (i c) n")[:width, :averages]
 
@@ -97,12 +100,12 @@ def forward(
     lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns outputs and final states (see `megablocks.kernels.registered`)."""
-    y = torch.zeros_like(x) if lengths is not None else torch.empty_like(x)
+    y = _room(x, lengths)
     states = _states(hidden, x, b)
     for direction in _directions(log_q, b, g, omega, x.shape[2]):
-        moved = torch.zeros_like(states) if direction.flip else states
-        _share_out(forward_task, direction, lengths, x, moved, y)
-    return y, states.transpose(1, 2).contiguous()
+        moved = np.zeros_like(states) if direction.flip else states
+        _share_out(forward_task, direction, lengths, x.numpy(), moved, y)
+    return torch.from_numpy(y), _given_back(states)
 
 
 def backward(
@@ -118,51 +121,61 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns gradients (see `megablocks.kernels.registered`)."""
     batch, _, width = x.shape
-    dx = torch.zeros_like(x) if lengths is not None else torch.empty_like(x)
+    dx = _room(x, lengths)
     begin, adjoint = _states(hidden, x, b), _states(dfinal, x, b)
     domega = x.new_zeros(width)
     grads = []
     for direction in _directions(log_q, b, g, omega, width):
-        start, end = (torch.zeros_like(begin), torch.zeros_like(begin)) if direction.flip else (begin, adjoint)
-        sums = [torch.empty_like(begin) for _ in range(3)]
-        inside = x.new_zeros(batch, *direction.inside.shape)
-        written = (start, dy, end, dx, *sums, inside.flatten(2))
-        _share_out(backward_task, direction, lengths, x, *written)
-        inside = inside.sum(0)
-        of_inside = _through_inside(direction, inside)
+        start, end = (np.zeros_like(begin), np.zeros_like(begin)) if direction.flip else (begin, adjoint)
+        sums = [np.empty_like(begin) for _ in range(3)]
+        inside = np.zeros((batch, *direction.inside.shape), begin.dtype)
+        written = (start, dy.numpy(), end, dx, *sums, inside.reshape(batch, inside.shape[1], -1))
+        _share_out(backward_task, direction, lengths, x.numpy(), *written)
+        of_inside = _through_inside(direction, inside.sum(0))
         grads.append(
             [part.sum(0).T + _untiled(more, width, b.shape[1]) for part, more in zip(sums, of_inside, strict=True)]
         )
         if not direction.flip:
-            domega = inside[:, 0].flatten()[:width].clone()
-    dlog_q, db, dg = (torch.cat(parts) for parts in zip(*grads, strict=True))
-    return dx, dlog_q, db, dg, domega, adjoint.transpose(1, 2).contiguous()
+            domega = torch.from_numpy(inside[:, :, 0].sum(0).reshape(-1)[:width].copy())
+    dlog_q, db, dg = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*grads, strict=True))
+    return torch.from_numpy(dx), dlog_q, db, dg, domega, _given_back(adjoint)
 
 
-def _states(hidden: Tensor | None, x: Tensor, b: Tensor) -> Tensor:
+def _room(x: Tensor, lengths: Tensor | None) -> Array:
+    """Memory for outputs, zeros where rows end early; NumPy asks for large pages, which are there much sooner."""
+    make = np.empty if lengths is None else np.zeros
+    return make(tuple(x.shape), x.numpy().dtype)
+
+
+def _states(hidden: Tensor | None, x: Tensor, b: Tensor) -> Array:
     """(B, D, N) as (B, N, D), a copy."""
     if hidden is None:
-        return x.new_zeros(x.shape[0], b.shape[1], x.shape[2])
-    return hidden.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+        return np.zeros((x.shape[0], b.shape[1], x.shape[2]), x.numpy().dtype)
+    return np.array(hidden.numpy().transpose(0, 2, 1), order="C")
 
 
-def _through_inside(direction: _Direction, dk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _given_back(states: Array) -> Tensor:
+    """(B, N, D) as (B, D, N)."""
+    return torch.from_numpy(np.ascontiguousarray(states.transpose(0, 2, 1)))
+
+
+def _through_inside(direction: _Direction, dk: Array) -> tuple[Array, Array, Array]:
     """Gradients of log q, b and g, tiled, from those of the weights inside blocks, k[j] = sum_n g b q^j."""
     records = direction.records
     b, g, powers = records[:, :, EXPANSION], records[:, :, PROJECTION], records[:, :, POWERS : POWERS + STEPS]
-    each = powers * dk.unsqueeze(1)
-    total, slope = each.sum(2), (each * torch.arange(STEPS).view(-1, 1)).sum(2)
+    each = powers * dk[:, None]
+    total, slope = each.sum(2), (each * np.arange(STEPS, dtype=dk.dtype)[:, None]).sum(2)
     return b * g * slope, g * total, b * total
 
 
-def _share_out(task: Compiled, direction: _Direction, lengths: Tensor | None, x: Tensor, *tensors: Tensor) -> None:
+def _share_out(task: Compiled, direction: _Direction, lengths: Tensor | None, x: Array, *written: Array) -> None:
     """Runs a task for every row, or for parts of its channels where there are fewer rows than threads."""
     batch, length, _ = x.shape
-    records, inside = direction.records.flatten(2).flatten(1), direction.inside.flatten(1)
-    arrays = [tensor.numpy() for tensor in (records, inside, x, *tensors)]
+    tiles, averages = direction.records.shape[:2]
+    arrays = [direction.records.reshape(tiles, -1), direction.inside.reshape(tiles, -1), x, *written]
     _compile_for(task, arrays)
     counts = [length] * batch if lengths is None else lengths.tolist()
-    tiles, threads = records.shape[0], torch.get_num_threads()
+    threads = torch.get_num_threads()
     parts = min(tiles, threads // math.gcd(threads, batch))
     borders = [tiles * part // parts for part in range(parts + 1)]
     calls = [
@@ -170,7 +183,7 @@ def _share_out(task: Compiled, direction: _Direction, lengths: Tensor | None, x:
         for row, count in enumerate(counts)
         for first, last in itertools.pairwise(borders)
     ]
-    if threads == 1 or x.numel() * records.shape[1] < SMALL * RECORD:
+    if threads == 1 or x.size * averages < SMALL:
         for call in calls:
             task(*call)
     else:

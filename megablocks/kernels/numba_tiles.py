@@ -7,9 +7,10 @@ Time runs in blocks of S steps. With the powers q^0 to q^S at hand a block of on
 and what its inputs say to its own outputs, S numbers k[j] = sum_n g b q^j per channel. So a step costs two products
 per average instead of four operations that wait for each other.
 
-A tile's inputs, outputs, coefficients and states stay in the nearest cache for a chunk of steps; then the next tile
-does the same steps, because memory is read fastest in the order in which it lies. The innermost loops run over the
-channels of a tile, side by side in memory: those become vector instructions.
+A tile's coefficients and states stay in the nearest cache for a chunk of steps; then the next tile does the same
+steps. Tensors are read and written a chunk of all tiles at a time, step after step, because memory is fastest in the
+order in which it lies. The innermost loops run over the channels of a tile, side by side in memory: those become vector
+instructions.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ TILE = 32
 STEPS = 8
 """S, steps of a block; what is left at the end of a row is done step by step."""
 
-CHUNK = 64
+CHUNK = 32
 """Steps that one tile does before the next takes its turn."""
 
 # Rows of TILE numbers that stand together for each average, so that a compiler sees one piece of memory.
@@ -86,7 +87,8 @@ def _block(steps: int) -> _Block:
                 sum2 = pair[RECORD + last * TILE + c] * block[c]
                 for s in range(steps):
                     power = (POWERS + s + 1) * TILE + c
-                    block[out + s * TILE + c] += pair[power] * lead1 + pair[RECORD + power] * lead2
+                    total = block[out + s * TILE + c] + pair[power] * lead1
+                    block[out + s * TILE + c] = total + pair[RECORD + power] * lead2
                 for s in range(1, steps):
                     power = (last - s) * TILE + c
                     sum1 += pair[power] * block[s * TILE + c]
@@ -165,29 +167,31 @@ _inside_step, _forward_step, _advance_step, _inside_back_step, _backward_step = 
 
 @_compile
 def _copy_steps(
-    tensor: Any, row: int, begin: int, end: int, count: int, channel: int, flip: bool, chunk: Any, what: int, out: bool
+    tensor: Any, row: int, begin: int, end: int, count: int, first: int, flip: bool, chunks: Any, what: int, out: bool
 ) -> None:
-    """Copies steps `begin` to `end` of a tile into the blocks of a chunk, or `out` of them.
+    """Copies steps `begin` to `end` of tiles from `first` on into the blocks of their chunks, or `out` of them.
 
     Flipped, steps count from the row's end, and what comes out is added to what stands there.
     """
-    width = min(TILE, tensor.shape[2] - channel)
     full = (end - begin) // STEPS * STEPS
     for step in range(begin, end):
         i = step - begin
         size = STEPS if i < full else 1
         start = (i // size * size * 3 + what * size + i % size) * TILE
-        place = chunk[start : start + TILE]
-        numbers = tensor[row, count - 1 - step if flip else step, channel : channel + width]
-        if not out:
-            for c in range(width):
-                place[c] = numbers[c]
-        elif flip:
-            for c in range(width):
-                numbers[c] += place[c]
-        else:
-            for c in range(width):
-                numbers[c] = place[c]
+        at = count - 1 - step if flip else step
+        for tile in range(chunks.shape[0]):
+            channel = (first + tile) * TILE
+            width = min(TILE, tensor.shape[2] - channel)
+            # Numbers one by one, not slices: those are objects, counted in and out.
+            if not out:
+                for c in range(width):
+                    chunks[tile, start + c] = tensor[row, at, channel + c]
+            elif flip:
+                for c in range(width):
+                    tensor[row, at, channel + c] += chunks[tile, start + c]
+            else:
+                for c in range(width):
+                    tensor[row, at, channel + c] = chunks[tile, start + c]
 
 
 @_compile
@@ -228,13 +232,13 @@ def forward_task(
     """
     records = table[first:last].copy()
     _copy_row(records, STATE, states[row], first, False)
-    chunk = np.zeros(CHUNK * 3 * TILE, x.dtype)
+    chunks = np.zeros((last - first, CHUNK * 3 * TILE), x.dtype)
     for begin in range(0, count, CHUNK):
         end = min(begin + CHUNK, count)
         full = (end - begin) // STEPS
+        _copy_steps(x, row, begin, end, count, first, flip, chunks, INPUT, False)
         for tile in range(first, last):
-            averages, weights = records[tile - first], k[tile]
-            _copy_steps(x, row, begin, end, count, tile * TILE, flip, chunk, INPUT, False)
+            averages, weights, chunk = records[tile - first], k[tile], chunks[tile - first]
             for i in range(full):
                 block = chunk[i * 3 * STEPS * TILE : (i + 1) * 3 * STEPS * TILE]
                 _inside(weights, block)
@@ -243,7 +247,7 @@ def forward_task(
                 step = chunk[i * 3 * TILE : (i + 1) * 3 * TILE]
                 _inside_step(weights, step)
                 _forward_step(averages, step)
-            _copy_steps(y, row, begin, end, count, tile * TILE, flip, chunk, OUTPUT, True)
+        _copy_steps(y, row, begin, end, count, first, flip, chunks, OUTPUT, True)
     _copy_row(records, STATE, states[row], first, True)
 
 
@@ -271,27 +275,28 @@ def backward_task(
     _copy_row(records, STATE, states[row], first, False)
     _copy_row(records, ADJOINT, adjoints[row], first, False)
     averages = records.shape[1] // RECORD
-    chunks = (count + CHUNK - 1) // CHUNK
-    chunk = np.zeros(CHUNK * 3 * TILE, x.dtype)
+    turns = (count + CHUNK - 1) // CHUNK
+    chunks = np.zeros((last - first, CHUNK * 3 * TILE), x.dtype)
     before = np.empty((CHUNK // STEPS + STEPS, averages * TILE), x.dtype)
-    marks = np.empty((chunks, last - first, averages * TILE), x.dtype)
-    for j in range(chunks):
+    marks = np.empty((turns, last - first, averages * TILE), x.dtype)
+    for j in range(turns):
         begin, end = j * CHUNK, (j + 1) * CHUNK
+        if end < count:
+            _copy_steps(x, row, begin, end, count, first, flip, chunks, INPUT, False)
         for tile in range(first, last):
-            record = records[tile - first]
+            record, chunk = records[tile - first], chunks[tile - first]
             _copy_states(record, marks[j, tile - first], True)
             if end < count:
-                _copy_steps(x, row, begin, end, count, tile * TILE, flip, chunk, INPUT, False)
                 for i in range(CHUNK // STEPS):
                     _advance(record, chunk[i * 3 * STEPS * TILE : (i + 1) * 3 * STEPS * TILE], before[i])
-    for j in range(chunks - 1, -1, -1):
+    for j in range(turns - 1, -1, -1):
         begin, end = j * CHUNK, min((j + 1) * CHUNK, count)
         full = (end - begin) // STEPS
         single = end - begin - full * STEPS
+        _copy_steps(x, row, begin, end, count, first, flip, chunks, INPUT, False)
+        _copy_steps(dy, row, begin, end, count, first, flip, chunks, OUTPUT, False)
         for tile in range(first, last):
-            record, weights, gradient = records[tile - first], k[tile], dk[row, tile]
-            _copy_steps(x, row, begin, end, count, tile * TILE, flip, chunk, INPUT, False)
-            _copy_steps(dy, row, begin, end, count, tile * TILE, flip, chunk, OUTPUT, False)
+            record, weights, gradient, chunk = records[tile - first], k[tile], dk[row, tile], chunks[tile - first]
             _copy_states(record, marks[j, tile - first], False)
             steps = chunk[full * 3 * STEPS * TILE :]
             for i in range(full):
@@ -306,7 +311,7 @@ def backward_task(
                 block = chunk[i * 3 * STEPS * TILE : (i + 1) * 3 * STEPS * TILE]
                 _inside_back(weights, gradient, block)
                 _backward(record, block, before[i])
-            _copy_steps(dx, row, begin, end, count, tile * TILE, flip, chunk, GRAD_INPUT, True)
+        _copy_steps(dx, row, begin, end, count, first, flip, chunks, GRAD_INPUT, True)
     _copy_row(records, ADJOINT, adjoints[row], first, True)
     _copy_row(records, GRAD_LOG_Q, dlog_q[row], first, True)
     _copy_row(records, GRAD_EXPANSION, db[row], first, True)
