@@ -50,10 +50,12 @@ def _poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
 
     def make_poisoned(*args: Any, **kwargs: Any) -> Any:
         made = make(*args, **kwargs)
-        floating = made.is_floating_point() if isinstance(made, torch.Tensor) else made.dtype.kind == "f"
-        if floating:
+        if isinstance(made, np.ndarray):
+            if made.dtype.kind == "f":
+                made.fill(np.nan)
+        elif made.is_floating_point():
             with torch.no_grad():
-                made[...] = float("nan")
+                made.fill_(float("nan"))
         return made
 
     return make_poisoned

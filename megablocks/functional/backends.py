@@ -26,6 +26,8 @@ class Backend(NamedTuple):
     """Packages that must be installed."""
     remedy: str = ""
     """How to install them."""
+    truncates: bool = True
+    """Whether it is good at truncated averages too."""
 
 
 def _recurrent() -> Kernel:
@@ -56,7 +58,7 @@ BACKENDS: Mapping[str, Backend] = {
     "recurrent": Backend(_recurrent),
     "blocked": Backend(_blocked),
     "numba_cpu": Backend(_numba_cpu, "cpu", ("numba",), 'pip install "megablocks-torch[cpu]"'),
-    "triton_gpu": Backend(_triton_gpu, "cuda", ("triton",), "pip install triton"),
+    "triton_gpu": Backend(_triton_gpu, "cuda", ("triton",), "pip install triton", truncates=False),
 }
 
 
@@ -185,12 +187,12 @@ def choose(name: str, x: Tensor, truncation: int | None, *others: Tensor) -> Ker
 
 
 def _fastest(x: Tensor, truncation: int | None, others: tuple[Tensor, ...]) -> str:
-    if truncation is not None:  # measured: `blocked` sums windows twice as fast as what is made of a fused kernel
-        return "blocked"
-    if x.shape[1] == 1:
+    if x.shape[1] == 1 and truncation is None:
         return "recurrent"
     fused = _FUSED.get(x.device.type)
-    return "blocked" if fused is None or plain_only(x, *others) or _exporting() else fused
+    if fused is None or (truncation is not None and not BACKENDS[fused].truncates):
+        return "blocked"
+    return "blocked" if plain_only(x, *others) or _exporting() else fused
 
 
 def _exporting() -> bool:

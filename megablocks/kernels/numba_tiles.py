@@ -223,13 +223,14 @@ def _copy_states(averages: Any, marks: Any, out: bool) -> None:
 
 @_compile
 def forward_task(
-    row: int, first: int, last: int, flip: bool, count: int, table: Any, k: Any, x: Any, states: Any, y: Any
+    row: int, first: int, last: int, flip: bool, counts: Any, table: Any, k: Any, x: Any, states: Any, y: Any
 ) -> None:
-    """Computes outputs of tiles `first` to `last` of a row of `count` steps, and moves its states on.
+    """Computes outputs of tiles `first` to `last` of a row of so many steps, and moves its states on.
 
     `table` (tiles, N' RECORD) holds the records, `k` (tiles, S TILE) the weights inside blocks, `x` and `y` are
     (B, L, D), `states` is (B, N, D). Flipped, time runs backwards, and outputs are added to `y`.
     """
+    count = counts[row]
     records = table[first:last].copy()
     _copy_row(records, STATE, states[row], first, False)
     chunks = np.zeros((last - first, CHUNK * 3 * TILE), x.dtype)
@@ -257,7 +258,7 @@ def backward_task(
     first: int,
     last: int,
     flip: bool,
-    count: int,
+    counts: Any,
     table: Any,
     k: Any,
     x: Any,
@@ -271,6 +272,7 @@ def backward_task(
     dk: Any,
 ) -> None:
     """Gradients of tiles `first` to `last` of a row; adjoints of its final states become those of the first ones."""
+    count = counts[row]
     records = table[first:last].copy()
     _copy_row(records, STATE, states[row], first, False)
     _copy_row(records, ADJOINT, adjoints[row], first, False)

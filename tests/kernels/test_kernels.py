@@ -17,10 +17,17 @@ from laws import EXACT, assert_close, assert_gradients_close, assert_same
 from megablocks.functional import ema_backend
 from megablocks.functional.backends import BACKENDS
 from megablocks.functional.ema import coefficients
+from megablocks.kernels import EMACoefficients
 from megablocks.kernels.blocked import BLOCK, GROUP
+from megablocks.kernels.registered import RegisteredKernel
 from strategies import seeds
 
 KERNELS = {name: BACKENDS[name].load() for name in ema_backend().available}
+TRUNCATIONS = {
+    name: kernel.truncated
+    for name, kernel in KERNELS.items()
+    if isinstance(kernel, RegisteredKernel) and kernel.truncated is not None
+}
 BORDERS = (1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1)
 SCANNED = GROUP * BLOCK + BLOCK + 12
 """Long enough for the scan over blocks to go through groups of them."""
@@ -154,6 +161,25 @@ def test_recurrence(kernel, seed, length, averages, start, mirror, data):
 )
 @example(seed=0, length=BLOCK + 6, averages=2, truncation=BLOCK + 1, mirror=True)
 def test_window(kernel, seed, length, averages, truncation, mirror):
+    check_window(kernel, seed=seed, length=length, averages=averages, truncation=truncation, mirror=mirror)
+
+
+@pytest.mark.parametrize("operator", TRUNCATIONS.values(), ids=TRUNCATIONS)
+@given(
+    seed=seeds(),
+    length=st.integers(1, 120),
+    averages=st.integers(1, 3),
+    truncation=st.integers(16, 70),
+    mirror=st.booleans(),
+)
+@example(seed=0, length=95, averages=1, truncation=16, mirror=True)
+@example(seed=0, length=120, averages=2, truncation=31, mirror=True)
+def test_window_of_an_operator(operator, seed, length, averages, truncation, mirror):
+    # Kernels leave short windows to `blocked`; what is made for long ones must be right from its shortest on.
+    def kernel(x: Tensor, *directions: EMACoefficients | None, omega: Tensor, truncation: int) -> tuple[Tensor, None]:
+        rows = [torch.cat(rows) for rows in zip(*filter(None, directions), strict=True)]
+        return operator.forward(x, *rows[1:], omega, truncation), None
+
     check_window(kernel, seed=seed, length=length, averages=averages, truncation=truncation, mirror=mirror)
 
 

@@ -15,13 +15,17 @@ from laws import assert_close, assert_same
 from megablocks import MultiDimensionDampedEMA, ema_backend
 from megablocks.functional.backends import BACKENDS
 from megablocks.functional.ema import coefficients
-from megablocks.kernels import numba_cpu as module
+from megablocks.kernels import numba_host as module
 from megablocks.kernels.blocked import blocked
 from megablocks.kernels.numba_cpu import numba_cpu
 from megablocks.kernels.registered import RegisteredKernel
 
 KERNELS = [kernel for name in ema_backend().available if isinstance(kernel := BACKENDS[name].load(), RegisteredKernel)]
 every_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
+
+
+TRUNCATIONS = [kernel.truncated for kernel in KERNELS if kernel.truncated is not None]
+every_truncation = pytest.mark.parametrize("operator", TRUNCATIONS, ids=lambda operator: operator.forward._name)
 
 
 def arguments(
@@ -47,7 +51,15 @@ def arguments(
 @pytest.mark.parametrize("bare", [False, True])
 @pytest.mark.parametrize("both", [False, True])
 def test_torch_finds_nothing_wrong_with_the_operator(kernel, both, bare):
-    torch.library.opcheck(kernel.operator, arguments(both=both, bare=bare))
+    torch.library.opcheck(kernel.operator.forward, arguments(both=both, bare=bare))
+
+
+@every_truncation
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("both", [False, True])
+def test_torch_finds_nothing_wrong_with_truncation(operator, both, bare):
+    *inputs, _, _ = arguments(both=both, bare=bare)
+    torch.library.opcheck(operator.forward, (*inputs, 16))
 
 
 @every_kernel
@@ -73,6 +85,18 @@ def test_gradients_have_gradients(kernel):
 
     def run(x: Tensor, *params: Tensor) -> Tensor:
         return kernel(x, coefficients(*params))[0]
+
+    torch.autograd.gradgradcheck(run, [x, *params])
+
+
+@every_truncation
+def test_gradients_of_truncation_have_gradients(operator):
+    params = [torch.randn(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(4)]
+    x = torch.randn(1, 20, 2, dtype=torch.float64, requires_grad=True)
+
+    def run(x: Tensor, *params: Tensor) -> Tensor:
+        rows = coefficients(*params)
+        return operator.forward(x, rows.log_q, rows.b, rows.g, None, 17)
 
     torch.autograd.gradgradcheck(run, [x, *params])
 
@@ -178,5 +202,5 @@ def test_a_first_call_that_takes_long_says_that_it_compiles(monkeypatch, patienc
             assert told.wait(timeout=60)
 
     for _ in range(2):  # the second call has nothing to compile
-        module._compile_for(compiling, [np.zeros(1)])
+        module._compile_for(compiling, (False, np.zeros(1)))
     assert said == (["Compiling the damped EMA for this CPU; later calls need not wait."] if patience == 0.0 else [])

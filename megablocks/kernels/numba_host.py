@@ -1,0 +1,161 @@
+"""What the compiled functions of `numba_tiles` and `numba_windows` read, and the threads that run them.
+
+Tables are NumPy's work: torch would wake threads of its own, which wait for more to do and stand in the way of ours.
+Those are Python's, which compiled code does not hold up: that works after a fork and from several threads at once,
+where numba's own do not.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from megablocks.kernels.numba_tiles import (
+    EXPANSION,
+    FORGET_BLOCK,
+    FORGET_STEP,
+    POWERS,
+    PROJECTION,
+    RECORD,
+    STEPS,
+    TILE,
+    Compiled,
+)
+
+Array = npt.NDArray[Any]
+
+SMALL = 1 << 18
+"""Steps times channels times averages that are not worth waking threads for."""
+
+PATIENCE = 1.0
+"""Seconds of compilation after which the first call says what it is doing."""
+
+_LOGGER = logging.getLogger("megablocks")
+_compiled: set[tuple[Compiled, np.dtype[Any]]] = set()
+
+
+class Direction(NamedTuple):
+    """Coefficients of one direction of time, as the compiled functions read them.
+
+    N' is N or N + 1, an even number; what is beyond N or D is zero.
+    """
+
+    log_q: Array
+    """(tiles, N', TILE)."""
+    records: Array
+    """(tiles, N', rows of a record, TILE), states, adjoints and gradients zero."""
+    inside: Array
+    """(tiles, S, TILE): weights of a block's inputs in its own outputs, the skip connection at lag 0 included."""
+    flip: bool
+    """Whether time runs backwards."""
+
+    @property
+    def tables(self) -> tuple[Array, Array]:
+        """Records and weights of each tile, side by side."""
+        tiles = len(self.records)
+        return self.records.reshape(tiles, -1), self.inside.reshape(tiles, -1)
+
+    def weights(self, lags: range) -> Array:
+        """(tiles, lags, TILE): what inputs that long ago weigh in outputs, sum_n g b q^lag."""
+        b, g = self.records[:, :, EXPANSION], self.records[:, :, PROJECTION]
+        weights: Array = np.einsum("inc,injc->ijc", b * g, self._powers(lags))
+        return weights
+
+    def through_weights(self, lags: range, dweights: Array) -> tuple[Array, Array, Array]:
+        """Gradients of log q, b and g, tiled, from those of `weights`."""
+        b, g = self.records[:, :, EXPANSION], self.records[:, :, PROJECTION]
+        each = self._powers(lags) * dweights[:, None]
+        total, slope = each.sum(2), np.einsum("injc,j->inc", each, np.array(lags, each.dtype))
+        return b * g * slope, g * total, b * total
+
+    def _powers(self, lags: range) -> Array:
+        powers: Array = np.exp(self.log_q[:, :, None] * np.array(lags, self.log_q.dtype)[:, None])
+        return powers
+
+
+def directions(log_q: Tensor, b: Tensor, g: Tensor, omega: Tensor | None, width: int) -> list[Direction]:
+    """Returns the coefficients of a kernel, forwards in time and, where there are twice as many, backwards."""
+    made = []
+    for start in range(0, log_q.shape[0], width):
+        tiled_log_q, tiled_b, tiled_g = (_tiled(part[start : start + width].numpy()) for part in (log_q, b, g))
+        records = np.zeros((*tiled_b.shape[:2], RECORD // TILE, TILE), tiled_b.dtype)
+        records[:, :, EXPANSION], records[:, :, PROJECTION] = tiled_b, tiled_g
+        records[:, :, FORGET_STEP] = -np.expm1(tiled_log_q)
+        records[:, :, FORGET_BLOCK] = -np.expm1(STEPS * tiled_log_q)
+        direction = Direction(tiled_log_q, records, np.empty(0), start > 0)
+        records[:, :, POWERS : POWERS + STEPS + 1] = direction._powers(range(STEPS + 1))
+        inside = direction.weights(range(STEPS))
+        if omega is not None and start == 0:
+            inside[:, 0] += np.pad(omega.numpy(), (0, -width % TILE)).reshape(-1, TILE)
+        made.append(direction._replace(inside=inside))
+    return made
+
+
+def _tiled(part: Array) -> Array:
+    """(D, N) as (tiles, N', TILE), filled up with zeros."""
+    filled = np.pad(part, ((0, -part.shape[0] % TILE), (0, part.shape[1] % 2)))
+    return np.ascontiguousarray(rearrange(filled, "(i c) n -> i n c", c=TILE))
+
+
+def untiled(tiled: Array, width: int, averages: int) -> Array:
+    """(tiles, N', TILE) as (D, N)."""
+    return rearrange(tiled, "i n c -> (i c) n")[:width, :averages]
+
+
+def reserve(x: Tensor, zeros: bool) -> Array:
+    """Memory for outputs, zeros or anything. NumPy asks for large pages, which are there much sooner."""
+    make = np.zeros if zeros else np.empty
+    return make(tuple(x.shape), x.numpy().dtype)
+
+
+def share_out(task: Compiled, batch: int, tiles: int, work: int, *arguments: Any) -> None:
+    """Calls `task(row, first tile, last tile, *arguments)` for every row, or for parts of rows if those are few.
+
+    `work` counts what there is to do: steps times channels times averages.
+    """
+    _compile_for(task, arguments)
+    threads = torch.get_num_threads()
+    parts = min(tiles, threads // math.gcd(threads, batch))
+    borders = [tiles * part // parts for part in range(parts + 1)]
+    calls = [(row, first, last) for row in range(batch) for first, last in itertools.pairwise(borders)]
+    if threads == 1 or work < SMALL:
+        for call in calls:
+            task(*call, *arguments)
+    else:
+        list(_pool(threads).map(lambda call: task(*call, *arguments), calls))
+
+
+def _compile_for(task: Compiled, arguments: tuple[Any, ...]) -> None:
+    """Compiles a task for the types of these arguments, and says so if that takes longer than a second."""
+    known = (task, next(part.dtype for part in arguments if isinstance(part, np.ndarray)))
+    if known in _compiled:
+        return
+    message = "Compiling the damped EMA for this CPU; later calls need not wait."
+    told = threading.Timer(PATIENCE, _LOGGER.warning, (message,))
+    told.start()
+    try:
+        task(0, 0, 0, *arguments)  # no tile: nothing but the compilation
+    finally:
+        told.cancel()
+    _compiled.add(known)
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="megablocks")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
