@@ -26,8 +26,8 @@ class Backend(NamedTuple):
     """Packages that must be installed."""
     remedy: str = ""
     """How to install them."""
-    truncates: bool = True
-    """Whether it is good at truncated averages too."""
+    truncates: int | None = None
+    """Lags from which on it is faster than `blocked` at truncated averages; `None` if it is not."""
 
 
 def _recurrent() -> Kernel:
@@ -57,8 +57,8 @@ def _triton_gpu() -> Kernel:
 BACKENDS: Mapping[str, Backend] = {
     "recurrent": Backend(_recurrent),
     "blocked": Backend(_blocked),
-    "numba_cpu": Backend(_numba_cpu, "cpu", ("numba",), 'pip install "megablocks-torch[cpu]"'),
-    "triton_gpu": Backend(_triton_gpu, "cuda", ("triton",), "pip install triton", truncates=False),
+    "numba_cpu": Backend(_numba_cpu, "cpu", ("numba",), 'pip install "megablocks-torch[cpu]"', truncates=64),
+    "triton_gpu": Backend(_triton_gpu, "cuda", ("triton",), "pip install triton"),
 }
 
 
@@ -187,12 +187,13 @@ def choose(name: str, x: Tensor, truncation: int | None, *others: Tensor) -> Ker
 
 
 def _fastest(x: Tensor, truncation: int | None, others: tuple[Tensor, ...]) -> str:
-    if x.shape[1] == 1 and truncation is None:
+    if truncation is None and x.shape[1] == 1:
         return "recurrent"
     fused = _FUSED.get(x.device.type)
-    if fused is None or (truncation is not None and not BACKENDS[fused].truncates):
+    if fused is None or plain_only(x, *others) or _exporting():
         return "blocked"
-    return "blocked" if plain_only(x, *others) or _exporting() else fused
+    shortest = 0 if truncation is None else BACKENDS[fused].truncates
+    return "blocked" if shortest is None or (truncation or 0) < shortest else fused
 
 
 def _exporting() -> bool:

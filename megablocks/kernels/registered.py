@@ -28,8 +28,8 @@ from megablocks.kernels import EMACoefficients
 from megablocks.kernels.blocked import blocked
 from megablocks.kernels.windowed import windowed
 
-SHORTEST = 64
-"""Truncations below go to `blocked`, which makes one matrix product of them."""
+SHORTEST = 16
+"""Shorter truncations go to `blocked`, which makes one matrix product of them."""
 
 Function = Callable[..., Any]
 

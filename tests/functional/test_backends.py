@@ -24,8 +24,9 @@ def test_the_fastest_is_chosen_for_each_call():
     assert ema_backend().last_used == "numba_cpu"
     layer(torch.randn(1, 1, 4))
     assert ema_backend().last_used == "recurrent"
-    MultiDimensionDampedEMA(4, 2, truncation=3)(torch.randn(1, 5, 4))
-    assert ema_backend().last_used == "blocked"
+    for truncation, name in ((3, "blocked"), (100, "numba_cpu")):
+        MultiDimensionDampedEMA(4, 2, truncation=truncation)(torch.randn(1, 120, 4))
+        assert ema_backend().last_used == name
     layer.to("meta")(torch.empty(1, 5, 4, device="meta"))
     assert ema_backend().last_used == "blocked"
 
