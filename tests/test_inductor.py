@@ -1,4 +1,4 @@
-"""The whole way through inductor: one layer, and one model that decodes.
+"""The whole way through inductor: one layer, one model that decodes, and the step that generation compiles.
 
 All other graph tests (law 9) stop at `aot_eager`, backward passes included: the graphs are the same, only the code that
 they become is not, and a C++ compiler takes a minute for it.
@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from megablocks import MegaLanguageModel, MovingAverageGatedAttention, mega_decoder
+from megablocks import MegaLanguageModel, MovingAverageGatedAttention, generate, mega_decoder
 
 pytestmark = [
     pytest.mark.compile,
@@ -41,3 +41,11 @@ def test_a_model_and_its_decoding_steps():
         logits, state = fast(token, state=state)
         outputs.append(logits)
     torch.testing.assert_close(torch.cat(outputs, dim=1), model(tokens))
+
+
+def test_a_compiled_step_of_generation():
+    torch._dynamo.reset()
+    model = MegaLanguageModel(mega_decoder(1, 8, qk_dim=4, ema_dim=2, ffn_dim=12, chunk_size=3), 11)
+    prompt = torch.randint(11, (2, 4))
+    plain, compiled = (generate(model, prompt, max_new_tokens=5, compiled=way).tokens for way in (False, True))
+    assert compiled.equal(plain)

@@ -12,7 +12,7 @@ from torch import nn
 from megablocks.layers.gated_attention import MovingAverageGatedAttention
 from megablocks.state import ChunkKeys, DecoderState, FixedKeys, GrowingKeys, WorkingKeys
 
-ROUND = 256
+ROUND = 128
 """Slots that room for growing keys is a multiple of, where a compiled step should serve more than one length."""
 
 
