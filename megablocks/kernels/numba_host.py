@@ -1,20 +1,22 @@
 """What the compiled functions of `numba_tiles` and `numba_windows` read, and the threads that run them.
 
-Tables are NumPy's work: torch would wake threads of its own, which wait for more to do and stand in the way of ours.
-Those are Python's, which compiled code does not hold up: that works after a fork and from several threads at once,
-where numba's own do not.
+Threads are torch's own, borrowed: they wait for more to do for a while, awake, and would stand in the way of others. In
+a forked process, which has none of them, and where they cannot be reached, Python's threads serve; compiled code does
+not hold them up. Numba's own threads survive no fork, and no two callers at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import logging
 import math
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -120,21 +122,33 @@ def reserve(x: Tensor, zeros: bool) -> Array:
     return make(tuple(x.shape), x.numpy().dtype)
 
 
-def share_out(task: Compiled, batch: int, tiles: int, work: int, *arguments: Any) -> None:
+def share_out(task: Compiled, batch: int, tiles: int, size: int, *arguments: Any) -> None:
     """Calls `task(row, first tile, last tile, *arguments)` for every row, or for parts of rows if those are few.
 
-    `work` counts what there is to do: steps times channels times averages.
+    `size` counts what there is to do: steps times channels times averages.
     """
     _compile_for(task, arguments)
     threads = torch.get_num_threads()
     parts = min(tiles, threads // math.gcd(threads, batch))
     borders = [tiles * part // parts for part in range(parts + 1)]
     calls = [(row, first, last) for row in range(batch) for first, last in itertools.pairwise(borders)]
-    if threads == 1 or work < SMALL:
+    if threads == 1 or size < SMALL:
         for call in calls:
             task(*call, *arguments)
-    else:
-        list(_pool(threads).map(lambda call: task(*call, *arguments), calls))
+        return
+    remaining = iter(calls)
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for call in remaining:
+                task(*call, *arguments)
+        except BaseException as error:
+            errors.append(error)
+
+    _in_parallel(threads, work)
+    if errors:
+        raise errors[0]
 
 
 def _compile_for(task: Compiled, arguments: tuple[Any, ...]) -> None:
@@ -152,10 +166,43 @@ def _compile_for(task: Compiled, arguments: tuple[Any, ...]) -> None:
     _compiled.add(known)
 
 
+def _in_parallel(threads: int, work: Callable[[], None]) -> None:
+    """Runs `work` on so many threads at once: torch's own if they can be reached, or else Python's."""
+    if _openmp is not None:
+        _openmp(_OpenMPWork(lambda _: work()), None, threads, 0)
+    else:
+        for done in [_pool(threads).submit(work) for _ in range(threads)]:
+            done.result()
+
+
 @lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="megablocks")
 
 
-if hasattr(os, "register_at_fork"):  # a forked process has none of its parent's threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+_OpenMPWork = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _find_openmp() -> Callable[..., None] | None:
+    """The entry by which compilers start OpenMP threads, of the library that torch has loaded."""
+    try:
+        entry = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # another library, another way to call it
+        return None
+    entry.argtypes = [_OpenMPWork, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    entry.restype = None
+    return cast(Callable[..., None], entry)
+
+
+_openmp = _find_openmp()
+
+
+def _forked() -> None:
+    """A forked process has none of its parent's threads, and OpenMP does not know."""
+    global _openmp
+    _openmp = None
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

@@ -142,6 +142,16 @@ def numba_on(threads: int) -> Tensor:
         torch.set_num_threads(before)
 
 
+@pytest.fixture(params=["torch's threads", "Python's threads"])
+def threads_of(request, monkeypatch):
+    """Both ways to run on several threads."""
+    if request.param == "Python's threads":
+        monkeypatch.setattr(module, "_openmp", None)
+    elif module._openmp is None:
+        pytest.skip("torch's threads cannot be reached here")
+
+
+@pytest.mark.usefixtures("threads_of")
 @pytest.mark.parametrize("threads", [2, 3, 4])
 def test_the_number_of_threads_changes_nothing(threads):
     x, *params = big_call()
@@ -150,12 +160,28 @@ def test_the_number_of_threads_changes_nothing(threads):
     assert_same(numba_on(threads), one)
 
 
-def test_threads_follow_torch():
+@pytest.mark.usefixtures("threads_of")
+def test_threads_follow_torch(monkeypatch):
+    seen: list[int] = []
+    monkeypatch.setattr(module, "_in_parallel", lambda threads, work: (seen.append(threads), work()))
+    numba_on(1)
     numba_on(4)
-    started = [thread.name for thread in threading.enumerate() if thread.name.startswith("megablocks")]
-    assert 1 <= len(started) <= 4
+    assert seen == [4]
 
 
+@pytest.mark.usefixtures("threads_of")
+def test_an_error_on_another_thread_is_raised_on_this_one(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    def failing(row: int, first: int, last: int, array: object) -> None:
+        if last > first:  # not the call that compiles
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        module.share_out(failing, 3, 2, module.SMALL, np.zeros(1))
+
+
+@pytest.mark.usefixtures("threads_of")
 def test_two_python_threads_may_call_at_once():
     expected = numba_on(2)
     before = torch.get_num_threads()
