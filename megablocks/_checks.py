@@ -71,6 +71,12 @@ def check_flag(name: str, value: object) -> bool:
     return value
 
 
+def check_trace(value: object) -> None:
+    """Raises unless a stack knows what it is asked to show."""
+    if not (isinstance(value, bool) or value == "hidden_states"):
+        raise ValueError(f'`trace` must be True, False or "hidden_states", but is {value!r}.')
+
+
 def check_even(name: str, value: int, what: str) -> None:
     """Raises unless `value` is even."""
     if value % 2:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
+
+Shown = Literal[True, "hidden_states"]
+"""What `trace` asks a stack for: all, or hidden states alone, without attention weights, which are L x L numbers."""
 
 
 class Trace(NamedTuple):
@@ -24,12 +27,12 @@ def results(y: Tensor, trace: Trace | None, state: Any) -> Any:
     return (y, *extras) if extras else y
 
 
-def call_for(layer: nn.Module, x: Tensor, state: Any, trace: bool, **given: Any) -> tuple[Tensor, Any, Any]:
+def call_for(layer: nn.Module, x: Tensor, state: Any, trace: Shown | bool, **given: Any) -> tuple[Tensor, Any, Any]:
     """Calls a layer and returns output, trace and state, `None` for what was not asked for: `results` undone."""
     if state is not None:
         given["state"] = state
     if trace:
-        given["trace"] = True
+        given["trace"] = trace
     returned = layer(x, **given)
     if state is None and not trace:
         return returned, None, None

@@ -17,13 +17,14 @@ from megablocks._checks import (
     check_size,
     check_state,
     check_streaming_part,
+    check_trace,
 )
 from megablocks.functional.padding import zero_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.cross_attention import check_one_memory
 from megablocks.layers.gated_attention import refuse_future
-from megablocks.layers.trace import call_for, results
+from megablocks.layers.trace import Shown, call_for, results
 from megablocks.stacks.options import LayerOptions, layer_parts
 from megablocks.stacks.stack import Stack, merged_trace
 from megablocks.state import DecoderLayerState, DecoderState
@@ -197,6 +198,8 @@ class MegaDecoder(Stack):
         - `padding_mask`: $(B, L)$; `memory_padding_mask`: $(B, M)$; bool, `True` at padding.
         - output: $(B, L, D)$, zeros at padding; with a state `(output, new_state)`; with `trace=True` a `Trace` stands
           second: its `hidden_states` hold the input and the output of each layer, the last before the final norm.
+          `trace="hidden_states"` shows them alone and makes no attention weights, which for long unchunked sequences
+          would not fit into memory.
 
     Raises:
         ValueError: If there is no layer, if a layer would see the future (bidirectional averages or attention, batch
@@ -278,7 +281,7 @@ class MegaDecoder(Stack):
         padding_mask: Tensor | None = None,
         memory_padding_mask: Tensor | None = None,
         state: None = None,
-        trace: Literal[True],
+        trace: Shown,
     ) -> tuple[Tensor, Trace]: ...
     @overload
     def forward(
@@ -286,7 +289,7 @@ class MegaDecoder(Stack):
     ) -> tuple[Tensor, DecoderState]: ...
     @overload
     def forward(
-        self, x: Tensor, *, padding_mask: Tensor | None = None, state: DecoderState, trace: Literal[True]
+        self, x: Tensor, *, padding_mask: Tensor | None = None, state: DecoderState, trace: Shown
     ) -> tuple[Tensor, Trace, DecoderState]: ...
     def forward(
         self,
@@ -296,7 +299,7 @@ class MegaDecoder(Stack):
         padding_mask: Tensor | None = None,
         memory_padding_mask: Tensor | None = None,
         state: DecoderState | None = None,
-        trace: bool = False,
+        trace: Shown | bool = False,
     ) -> Any:
         """Returns the decoded sequence; see the class for what `state` and `trace` add."""
         check_input("x", x, self._width)
@@ -311,17 +314,20 @@ class MegaDecoder(Stack):
                     f"`state` must hold one state for each of {len(self.layers)} layers, but holds "
                     f"{len(state.layers)}; it was made by another stack."
                 )
+        check_trace(trace)
         hidden_states: list[Tensor] | None = [] if trace else None
 
         def call(layer: nn.Module, index: int, x: Tensor) -> tuple[Any, ...]:
             given: dict[str, Any] = {"padding_mask": padding_mask}
             if state is None and _takes_memory(layer):
                 given |= {"memory": memory, "memory_padding_mask": memory_padding_mask}
-            return call_for(layer, x, None if state is None else state.layers[index], trace, **given)
+            return call_for(layer, x, None if state is None else state.layers[index], trace is True, **given)
 
         x, extras = self._through(zero_padding(x, padding_mask), call, hidden_states)
         x = self._finished(x, padding_mask)
-        seen = None if hidden_states is None else merged_trace(hidden_states, [seen for seen, _ in extras])
+        seen = (
+            None if hidden_states is None else merged_trace(hidden_states, filter(None, [seen for seen, _ in extras]))
+        )
         new_state = None if state is None else DecoderState(tuple(after for _, after in extras))
         return results(x, seen, new_state)
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_input, check_module, check_padding_mask, check_size
+from megablocks._checks import check_input, check_module, check_padding_mask, check_size, check_trace
 from megablocks.functional.padding import zero_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
-from megablocks.layers.trace import results
+from megablocks.layers.trace import Shown, call_for, results
 from megablocks.stacks.options import LayerOptions, layer_parts
 from megablocks.stacks.stack import Stack, merged_trace
 
@@ -91,7 +91,8 @@ class MegaEncoder(Stack):
     Shape:
         - `x`: $(B, L, D)$; `padding_mask`: $(B, L)$, bool, `True` at padding.
         - output: $(B, L, D)$, zeros at padding; with `trace=True` `(output, trace)`; `trace.hidden_states` holds the
-          input and the output of each layer, the last one before the final norm.
+          input and the output of each layer, the last one before the final norm. `trace="hidden_states"` shows them
+          alone and makes no attention weights, which for long unchunked sequences would not fit into memory.
 
     Raises:
         ValueError: If there is no layer, a probability is not in [0, 1), or `x` has another shape.
@@ -121,26 +122,22 @@ class MegaEncoder(Stack):
     @overload
     def forward(self, x: Tensor, *, padding_mask: Tensor | None = None, trace: Literal[False] = False) -> Tensor: ...
     @overload
-    def forward(
-        self, x: Tensor, *, padding_mask: Tensor | None = None, trace: Literal[True]
-    ) -> tuple[Tensor, Trace]: ...
-    def forward(self, x: Tensor, *, padding_mask: Tensor | None = None, trace: bool = False) -> Any:
+    def forward(self, x: Tensor, *, padding_mask: Tensor | None = None, trace: Shown) -> tuple[Tensor, Trace]: ...
+    def forward(self, x: Tensor, *, padding_mask: Tensor | None = None, trace: Shown | bool = False) -> Any:
         """Returns the encoded sequence, and with `trace=True` what happened inside."""
         check_input("x", x, self._width)
         check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
+        check_trace(trace)
         hidden_states: list[Tensor] | None = [] if trace else None
 
         def call(layer: nn.Module, _: int, x: Tensor) -> tuple[Any, ...]:
-            if trace:
-                y, seen = layer(x, padding_mask=padding_mask, trace=True)
-                return y, seen
-            return (layer(x, padding_mask=padding_mask),)
+            return call_for(layer, x, None, trace is True, padding_mask=padding_mask)[:2]
 
         x, extras = self._through(zero_padding(x, padding_mask), call, hidden_states)
         x = self._finished(x, padding_mask)
         if hidden_states is None:
             return x
-        return x, merged_trace(hidden_states, (seen for (seen,) in extras))
+        return x, merged_trace(hidden_states, (seen for (seen,) in extras if seen is not None))
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -112,6 +112,24 @@ def test_hidden_states_are_the_input_and_each_layers_output():
     assert trace.cross_attention_weights == ()
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_hidden_states_alone_need_no_weights(streamed):
+    decoder = mega_decoder(2, 8, **SIZES).eval()
+    given = {"state": decoder.init_state(2)} if streamed else {}
+    x = torch.randn(2, 5, 8)
+    y, trace, *_ = decoder(x, trace=True, **given)
+    alone, seen, *_ = decoder(x, trace="hidden_states", **given)
+    torch.testing.assert_close(alone, y)
+    torch.testing.assert_close(seen.hidden_states, trace.hidden_states)
+    assert seen.attention_weights == ()
+
+
+@pytest.mark.parametrize("build", [mega_encoder, mega_decoder])
+def test_stacks_know_what_they_are_asked_to_show(build):
+    with pytest.raises(ValueError, match=r"^`trace` must be True, False or \"hidden_states\", but is 'weights'\.$"):
+        build(1, 8, **SIZES)(torch.randn(1, 3, 8), trace="weights")
+
+
 def test_somebodys_own_layers_stream_with_the_others():
     decoder = MegaDecoder([Smoother(), MovingAverageGatedAttention(8, 4, chunk_size=3), Smoother()]).eval()
     x = torch.randn(2, 8, 8)
