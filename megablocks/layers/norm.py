@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -246,8 +246,42 @@ def _named_norm(
 
 def _root_mean_square_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     wide = x.to(at_least_float32(x.dtype))
-    y = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (y if weight is None else y * weight).to(x.dtype)
+    factor = torch.rsqrt(_sum_of_squares(wide) / wide.shape[-1] + eps)
+    if weight is None or weight.numel() == 1:  # one number for each token: one product for each channel
+        return (wide * (factor if weight is None else factor * weight)).to(x.dtype)
+    return (wide * factor * weight).to(x.dtype)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():  # a compiler joins the two steps itself
+        return x.square().sum(-1, keepdim=True)
+    total: Tensor = _SumOfSquares.apply(x)  # type: ignore[no-untyped-call]
+    return total
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """Sum over the last axis without a tensor of squares. The norm's own derivative has none where it is zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return cast(Tensor, torch.linalg.vector_norm(x, dim=-1, keepdim=True).square())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return cast(Tensor, x * (2.0 * gradient))
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return cast(Tensor, 2.0 * (x * tangent).sum(-1, keepdim=True))
 
 
 def _batch_norm(x: Tensor, norm: nn.modules.batchnorm._BatchNorm, padding_mask: Tensor | None) -> Tensor:
