@@ -1,0 +1,143 @@
+"""Old names on disk, ours in memory: what transformers 4.40.2 wrote is read, and what is written it reads.
+
+The two crossed names are no mistake: what the older code calls a damping factor is the paper's alpha, what it calls a
+decay factor is delta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
+
+from megablocks.huggingface.configuration import MegaConfig
+
+PARTS: Mapping[str, str] = {"mega_layer": "attention", "cross_attn": "cross_attention", "nffn": "feed_forward"}
+"""Parts of a layer, by their old names."""
+
+PARAMETERS: Mapping[str, str] = {
+    "ema_gate.kernel_projection_matrix": "ema.eta",
+    "ema_gate.residual_weight": "ema.omega",
+}
+"""Parameters that differ by name alone."""
+
+COLUMNS: Mapping[str, str] = {
+    "ema_gate.damping_factor": "ema.alpha",
+    "ema_gate.decay_factor": "ema.delta",
+    "ema_gate.ema_expansion_matrix": "ema.beta",
+}
+"""Parameters that are stored with an axis of length 1 at the end."""
+
+ROWS: Mapping[str, str] = {
+    "rel_pos_bias.alpha": "position_bias.alpha",
+    "rel_pos_bias.b_param": "position_bias.beta",
+}
+"""Parameters that are stored with an axis of length 1 in front."""
+
+TABLE = {"rel_pos_bias.rel_pos_bias": "position_bias.weight"}
+"""The table of a simple bias, whose middle is stored elsewhere."""
+
+SCALE = {"norm.norm.scalar": "norm.norm.weight"}
+"""The scale of a scale norm, which has a name of its own on disk."""
+
+
+class _Converted(ConversionOps):  # type: ignore[misc]
+    """A change of one tensor that can be undone. Abstract: `_change` says what it is."""
+
+    def __init__(self, *, undo: bool = False) -> None:
+        self.undo = undo
+
+    @torch.no_grad()
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Returns the one tensor, changed, under its new name."""
+        (given,) = input_dict.values()
+        tensor = given[0] if isinstance(given, list) else given
+        return {self._name(target_patterns[0], **kwargs): self._change(tensor, **kwargs).contiguous()}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """The change that undoes this one."""
+        made = type(self).__new__(type(self))
+        made.__dict__ |= self.__dict__ | {"undo": not self.undo}
+        return made
+
+    def _name(self, target: str, **kwargs: Any) -> str:
+        return target
+
+    def _change(self, tensor: Tensor, **kwargs: Any) -> Tensor:
+        raise NotImplementedError
+
+
+class _DropAxis(_Converted):
+    """Drops an axis of length 1, or puts it back."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def _change(self, tensor: Tensor, **kwargs: Any) -> Tensor:
+        return tensor.unsqueeze(self.axis) if self.undo else tensor.squeeze(self.axis)
+
+
+class _Centred(_Converted):
+    """Rolls the table of a simple bias so that its middle is a token's own position, or back.
+
+    Stored, the own position stands `bias_centre` entries from the beginning: at the end of the first chunk's half.
+    """
+
+    def _change(self, tensor: Tensor, *, model: Any, full_layer_name: str, **kwargs: Any) -> Tensor:
+        config = _config_of(model, full_layer_name)
+        shift = config.max_positions - config.bias_centre
+        return tensor.roll(-shift if self.undo else shift)
+
+
+class _ScaleName(_Converted):
+    """Gives the scale of a scale norm its name on disk; other norms keep theirs."""
+
+    def _name(self, target: str, *, model: Any, full_layer_name: str, **kwargs: Any) -> str:
+        if self.undo and _config_of(model, full_layer_name).normalization_type != "scalenorm":
+            return full_layer_name.removesuffix("scalar") + "weight"
+        return target
+
+    def _change(self, tensor: Tensor, **kwargs: Any) -> Tensor:
+        return tensor
+
+
+def checkpoint_names() -> list[WeightRenaming | WeightConverter]:
+    """Returns how names and tensors on disk become those in memory; transformers runs it backwards to save."""
+    return [
+        *(WeightRenaming(rf"layers\.(\d+)\.{old}\.", rf"stack.layers.\1.{new}.") for old, new in PARTS.items()),
+        *(WeightRenaming(old.replace(".", r"\."), new) for old, new in PARAMETERS.items()),
+        *(WeightConverter(old, new, [_DropAxis(-1)]) for old, new in COLUMNS.items()),
+        *(WeightConverter(old, new, [_DropAxis(0)]) for old, new in ROWS.items()),
+        *(WeightConverter(old, new, [_Centred()]) for old, new in TABLE.items()),
+        *(WeightConverter(old, new, [_ScaleName()]) for old, new in SCALE.items()),
+    ]
+
+
+def register_checkpoint_names() -> None:
+    """Makes transformers read and write Mega checkpoints under their old names."""
+    register_checkpoint_conversion_mapping(MegaConfig.model_type, checkpoint_names(), overwrite=True)
+
+
+def _config_of(model: Any, name: str) -> MegaConfig:
+    """The configuration of the Mega model that a parameter of this name belongs to."""
+    for config in _configs_above(model, name):
+        if isinstance(config, MegaConfig):
+            return config
+    raise ValueError(f"`{name}` must belong to a Mega model, but does not.")
+
+
+def _configs_above(model: Any, name: str) -> Iterator[Any]:
+    path = name.split(".")
+    for length in range(len(path) - 1, -1, -1):
+        try:
+            yield getattr(model.get_submodule(".".join(path[:length])), "config", None)
+        except AttributeError:
+            continue
