@@ -27,7 +27,8 @@ class MegaCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def __init__(self) -> None:
         self.state: DecoderLayerState | None = None
-        self.slots = 0
+        # A tensor, not a number: a compiled step would be compiled anew for every number.
+        self.slots: Tensor | None = None
 
     @property
     def is_initialized(self) -> bool:
@@ -60,12 +61,12 @@ class MegaCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def get_seq_length(self, *args: Any) -> int:
         """Returns the number of slots that were read, padding included."""
-        return self.slots
+        return 0 if self.slots is None else int(self.slots)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """Returns the number of slots that a mask covers for these queries, and where it begins."""
         length = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return self.slots + length, 0
+        return self.get_seq_length() + length, 0
 
     def get_max_length(self) -> int:
         """Returns -1: there is no limit."""
@@ -95,7 +96,7 @@ class MegaCacheLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.state, self.slots = None, 0
+        self.state, self.slots = None, None
 
     def offload(self) -> None:
         """Moves the state to the CPU."""
@@ -149,6 +150,9 @@ class MegaCache(Cache):  # type: ignore[misc]
 
     def advance(self, state: DecoderState, slots: int) -> None:
         """Puts the state after a call of so many slots in the place of the one before."""
-        for layer, after in zip(self.layers, state.layers, strict=True):
-            layer.state = after
-            layer.slots += slots
+        before: Tensor | None = self.layers[0].slots
+        if before is None:
+            before = torch.zeros((), dtype=torch.int64, device=state.layers[0].attention.keys.length.device)
+        after = before + slots
+        for layer, layer_state in zip(self.layers, state.layers, strict=True):
+            layer.state, layer.slots = layer_state, after

@@ -8,7 +8,7 @@ from torch import Tensor
 from megablocks._checks import check_tensor, values_readable
 
 
-def padding_of(name: str, mask: Tensor | None, batch: int, length: int, slots: int) -> Tensor | None:
+def padding_of(name: str, mask: Tensor | None, batch: int, length: int, *, past: bool = False) -> Tensor | None:
     """Returns the padding mask of this call's tokens, bool, `True` at padding; `None` where nothing is padding.
 
     Args:
@@ -16,7 +16,7 @@ def padding_of(name: str, mask: Tensor | None, batch: int, length: int, slots: i
         mask: $(B, L)$, or $(B, S + L)$ with the slots of the past in front; bool, integer or float, 1 at real tokens.
         batch: $B$.
         length: $L$, tokens of this call.
-        slots: $S$, slots that a cache has read before.
+        past: Whether a cache has read slots before; only then may the mask be longer than this call.
 
     Raises:
         ValueError: If the mask has another shape, or is one to be added to scores.
@@ -25,12 +25,12 @@ def padding_of(name: str, mask: Tensor | None, batch: int, length: int, slots: i
     if mask is None:
         return None
     check_tensor(name, mask)
-    shapes = {(batch, length), (batch, slots + length)}
-    if tuple(mask.shape) not in shapes:
-        allowed = " or ".join(str(shape) for shape in sorted(shapes))
+    fits = mask.dim() == 2 and mask.shape[0] == batch and (mask.shape[1] == length or (past and mask.shape[1] > length))
+    if not fits:
+        more = ", with the past in front if at all" if past else ""
         raise ValueError(
-            f"`{name}` must have shape (batch, length) = {allowed}, but has shape {tuple(mask.shape)}; what a token may "
-            "see besides is up to the model."
+            f"`{name}` must have shape (batch, length) = {(batch, length)}{more}, but has shape {tuple(mask.shape)}; "
+            "who sees whom besides is up to the model."
         )
     mask = mask[:, -length:]
     padding_mask = ~mask if mask.dtype == torch.bool else mask == 0
@@ -54,6 +54,5 @@ def first_real(x: Tensor, padding_mask: Tensor | None) -> Tensor:
 
 
 def own_padding(attention_mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Where this call's tokens are padding, the mask having been checked by the model."""
-    slots = 0 if attention_mask is None else attention_mask.shape[1] - x.shape[1]
-    return padding_of("attention_mask", attention_mask, x.shape[0], x.shape[1], slots)
+    """Where this call's tokens (B, L, D) are padding, the mask having been checked by the model."""
+    return padding_of("attention_mask", attention_mask, x.shape[0], x.shape[1], past=True)

@@ -251,8 +251,8 @@ class MegaModel(MegaPreTrainedModel):
         batch, length = _batch_and_length(input_ids, inputs_embeds)
         use_cache = self._uses_cache(use_cache)
         cache = self._cache(past_key_values, use_cache)
-        slots = 0 if cache is None else cache.get_seq_length()
-        padding_mask = padding_of("attention_mask", attention_mask, batch, length, slots)
+        past = cache is not None and cache.state is not None
+        padding_mask = padding_of("attention_mask", attention_mask, batch, length, past=past)
         x = self.embedding_layer(input_ids, inputs_embeds, token_type_ids, padding_mask)
 
         output_attentions = self._flag(output_attentions, "output_attentions")
@@ -322,7 +322,7 @@ class MegaModel(MegaPreTrainedModel):
                 "This model has `add_cross_attention=True` and needs `encoder_hidden_states`, but got none; pass the "
                 "encoder's last hidden state."
             )
-        padding_mask = padding_of("encoder_attention_mask", mask, hidden.shape[0], hidden.shape[1], 0)
+        padding_mask = padding_of("encoder_attention_mask", mask, hidden.shape[0], hidden.shape[1])
         return {"memory": hidden, "memory_padding_mask": padding_mask}
 
     def _state(self, cache: MegaCache, batch: int, memory: dict[str, Any]) -> DecoderState:
