@@ -1,4 +1,4 @@
-"""Models of transformers 4.40.2 from `tests/golden/hf`, written as it wrote them and loaded by `megablocks.huggingface`."""
+"""Models of transformers 4.40.2 from `tests/golden/hf`, written as it wrote them and loaded as its users load them."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def chunked_attention(
         return out[:, :length], weights
     start = torch.zeros(batch, dtype=torch.int64, device=q.device)
     layout = slots((batch, length), count, padding_mask=padding_mask, offset=start)
-    packed = (layout.put(x) for x in (q, k, v))
+    packed = (layout.put(q), layout.put(k), layout.put(v))
     out, weights = _in_chunks(*packed, function, size, causal, layout.filled, **options)
     if weights is None or count > size:
         return layout.back(out), weights
@@ -162,15 +162,14 @@ def _in_chunks(
         shown = None if causal else filled.unsqueeze(1)
     slot = torch.arange(size, device=q.device)
     sight = Sight(slot, slot, causal, shown)
-    if not need_weights:
-        out, _ = attend_sight(q, k, v, function, sight, bias=bias, dropout=dropout, need_weights=False)
-        return rearrange(out, "(b k) c v -> b (k c) v", b=batch), None
-    # What is shown is what is applied, so that gradients can be asked of it.
-    _, made = attend_sight(q, k, v, function, sight, bias=bias, dropout=None, need_weights=True)
-    if made is not None and filled is not None:
-        made = made.masked_fill(~filled.unsqueeze(-1), 0.0)
-    weights, v = (rearrange(x, "(b k) c s -> b k c s", b=batch) for x in (made, v))
-    return rearrange(apply_weights(weights, v, dropout), "b k c v -> b (k c) v"), weights
+    # Weights that are shown are the applied ones, so that gradients can be asked of them.
+    early = None if need_weights else dropout
+    out, weights = attend_sight(q, k, v, function, sight, bias=bias, dropout=early, need_weights=need_weights)
+    if weights is not None:
+        weights = weights if filled is None else weights.masked_fill(~filled.unsqueeze(-1), 0.0)
+        weights = rearrange(weights, "(b k) c s -> b k c s", b=batch)
+        out = apply_weights(weights, rearrange(v, "(b k) c v -> b k c v", b=batch), dropout).flatten(0, 1)
+    return rearrange(out, "(b k) c v -> b (k c) v", b=batch), weights
 
 
 def _in_place(

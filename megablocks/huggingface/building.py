@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,10 @@ class UnnormalizedRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns the scaled tokens."""
         return x if self.weight is None else x * self.weight
+
+    if TYPE_CHECKING:
+        weight: nn.Parameter | None
+        __call__ = forward
 
 
 def mega_stack(config: MegaConfig) -> MegaEncoder | MegaDecoder:

@@ -14,7 +14,7 @@ from megablocks.huggingface.configuration import MegaConfig
 from megablocks.state import DecoderLayerState, DecoderState
 
 
-class MegaCacheLayer(CacheLayerMixin):  # type: ignore[misc]
+class MegaCacheLayer(CacheLayerMixin):
     """What one layer remembers: a state, which counts real tokens, and how many slots it has read, padding included.
 
     The state is never written into: the layer holds another one after each call.
@@ -114,7 +114,7 @@ class MegaCacheLayer(CacheLayerMixin):  # type: ignore[misc]
         )
 
 
-class MegaCache(Cache):  # type: ignore[misc]
+class MegaCache(Cache):
     """What a causal Mega model has read: one state for each layer, updated by every call.
 
     A call without one returns a new one; giving it back continues where that call ended, with any number of tokens.

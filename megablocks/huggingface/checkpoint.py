@@ -6,7 +6,7 @@ decay factor is delta.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ SCALE = {"norm.norm.scalar": "norm.norm.weight"}
 """The scale of a scale norm, which has a name of its own on disk."""
 
 
-class _Converted(ConversionOps):  # type: ignore[misc]
+class _Converted(ConversionOps):
     """A change of one tensor that can be undone. Abstract: `_change` says what it is."""
 
     def __init__(self, *, undo: bool = False) -> None:
@@ -91,8 +91,8 @@ class _Centred(_Converted):
     Stored, the own position stands `bias_centre` entries from the beginning: at the end of the first chunk's half.
     """
 
-    def _change(self, tensor: Tensor, *, model: Any, full_layer_name: str, **kwargs: Any) -> Tensor:
-        config = _config_of(model, full_layer_name)
+    def _change(self, tensor: Tensor, **kwargs: Any) -> Tensor:
+        config = _config_of(kwargs["model"], kwargs["full_layer_name"])
         shift = config.max_positions - config.bias_centre
         return tensor.roll(-shift if self.undo else shift)
 
@@ -100,9 +100,10 @@ class _Centred(_Converted):
 class _ScaleName(_Converted):
     """Gives the scale of a scale norm its name on disk; other norms keep theirs."""
 
-    def _name(self, target: str, *, model: Any, full_layer_name: str, **kwargs: Any) -> str:
-        if self.undo and _config_of(model, full_layer_name).normalization_type != "scalenorm":
-            return full_layer_name.removesuffix("scalar") + "weight"
+    def _name(self, target: str, **kwargs: Any) -> str:
+        name: str = kwargs["full_layer_name"]
+        if self.undo and _config_of(kwargs["model"], name).normalization_type != "scalenorm":
+            return name.removesuffix("scalar") + "weight"
         return target
 
     def _change(self, tensor: Tensor, **kwargs: Any) -> Tensor:
@@ -128,16 +129,9 @@ def register_checkpoint_names() -> None:
 
 def _config_of(model: Any, name: str) -> MegaConfig:
     """The configuration of the Mega model that a parameter of this name belongs to."""
-    for config in _configs_above(model, name):
-        if isinstance(config, MegaConfig):
+    owners = [part for path, part in model.named_modules() if name.startswith(f"{path}." if path else "")]
+    for owner in reversed(owners):
+        if isinstance(getattr(owner, "config", None), MegaConfig):
+            config: MegaConfig = owner.config
             return config
     raise ValueError(f"`{name}` must belong to a Mega model, but does not.")
-
-
-def _configs_above(model: Any, name: str) -> Iterator[Any]:
-    path = name.split(".")
-    for length in range(len(path) - 1, -1, -1):
-        try:
-            yield getattr(model.get_submodule(".".join(path[:length])), "config", None)
-        except AttributeError:
-            continue

@@ -139,7 +139,10 @@ class MegaForMultipleChoice(MegaPreTrainedModel):
         """Returns logits, with `labels` a loss, and what was asked for."""
         choices = next((given.shape[1] for given in (input_ids, inputs_embeds) if given is not None), 1)
         outputs = self._encoded(
-            *(_one_row_each(given) for given in (input_ids, attention_mask, token_type_ids, inputs_embeds)),
+            _one_row_each(input_ids),
+            _one_row_each(attention_mask),
+            _one_row_each(token_type_ids),
+            _one_row_each(inputs_embeds),
             output_attentions,
             output_hidden_states,
         )

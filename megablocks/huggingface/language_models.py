@@ -23,7 +23,7 @@ logger = logging.get_logger(__name__)
 _EMBEDDING = "mega.embedding_layer.word_embeddings.weight"
 
 
-class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
     r"""Predicts the next token, and generates.
 
     Attention is always causal: a configuration that says otherwise is copied with `is_decoder=True`. With
@@ -89,7 +89,7 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):  # type: ignore[mis
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithCrossAttentions | tuple[Any, ...]:
-        """Returns logits, with `labels` a loss, without them a cache (unless told otherwise), and what was asked for."""
+        """Returns logits, with `labels` a loss, in evaluation without them a cache, and what was asked for."""
         if labels is not None and use_cache is None:
             use_cache = False
         outputs = self.mega(

@@ -68,8 +68,8 @@ def classification_loss(
 ) -> Tensor:
     """Loss of the classes of each row, or of numbers.
 
-    Where `config.problem_type` is `None`, one logit means regression, integer labels one class, other labels several. What is
-    found is not remembered: the next call may be another problem.
+    Where `config.problem_type` is `None`, one logit means regression, integer labels one class, other labels several.
+    What is found is not remembered: the next call may be another problem.
     """
     labels, problem = labels.to(pooled_logits.device), config.problem_type
     if problem is None:

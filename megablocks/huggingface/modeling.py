@@ -31,7 +31,7 @@ from megablocks.stacks import MegaDecoder
 from megablocks.state import DecoderState
 
 
-class MegaPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
+class MegaPreTrainedModel(PreTrainedModel):
     """What all Mega models share: how they are initialised, loaded, saved and checkpointed."""
 
     config_class = MegaConfig
