@@ -32,11 +32,13 @@ COLUMNS: Mapping[str, str] = {
 }
 """Parameters that are stored with an axis of length 1 at the end."""
 
-ROWS: Mapping[str, str] = {
-    "rel_pos_bias.alpha": "position_bias.alpha",
-    "rel_pos_bias.b_param": "position_bias.beta",
-}
+ROWS: Mapping[str, str] = {"rel_pos_bias.b_param": "position_bias.beta"}
 """Parameters that are stored with an axis of length 1 in front."""
+
+ROTARY: Mapping[str, str] = {"rel_pos_bias.alpha": "position_bias.alpha"}
+"""As `ROWS`; beside it stands a buffer without a meaning, which the older code misses if it is not there."""
+
+BUFFER = "rel_pos_bias._float_tensor"
 
 TABLE = {"rel_pos_bias.rel_pos_bias": "position_bias.weight"}
 """The table of a simple bias, whose middle is stored elsewhere."""
@@ -56,7 +58,7 @@ class _Converted(ConversionOps):
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, Tensor]:
         """Returns the one tensor, changed, under its new name."""
-        (given,) = input_dict.values()
+        given = input_dict[source_patterns[0]]
         tensor = given[0] if isinstance(given, list) else given
         return {self._name(target_patterns[0], **kwargs): self._change(tensor, **kwargs).contiguous()}
 
@@ -83,6 +85,18 @@ class _DropAxis(_Converted):
 
     def _change(self, tensor: Tensor, **kwargs: Any) -> Tensor:
         return tensor.unsqueeze(self.axis) if self.undo else tensor.squeeze(self.axis)
+
+
+class _BesideBuffer(_DropAxis):
+    """Drops an axis and the buffer that stands beside the tensor on disk, or puts both back."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Returns the one tensor, and on the way to disk the buffer."""
+        converted = super().convert(input_dict, source_patterns, target_patterns, **kwargs)
+        (tensor,) = converted.values()
+        return converted | {name: tensor.new_zeros(1) for name in target_patterns[1:]}
 
 
 class _Centred(_Converted):
@@ -117,6 +131,7 @@ def checkpoint_names() -> list[WeightRenaming | WeightConverter]:
         *(WeightRenaming(old.replace(".", r"\."), new) for old, new in PARAMETERS.items()),
         *(WeightConverter(old, new, [_DropAxis(-1)]) for old, new in COLUMNS.items()),
         *(WeightConverter(old, new, [_DropAxis(0)]) for old, new in ROWS.items()),
+        *(WeightConverter([old, BUFFER], new, [_BesideBuffer(0)]) for old, new in ROTARY.items()),
         *(WeightConverter(old, new, [_Centred()]) for old, new in TABLE.items()),
         *(WeightConverter(old, new, [_ScaleName()]) for old, new in SCALE.items()),
     ]

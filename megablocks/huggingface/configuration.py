@@ -144,6 +144,8 @@ class MegaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         """Checks what stands for itself; what depends on the model is checked when one is built."""
         super().__post_init__(**kwargs)
+        if self.chunk_size is None:  # transformers 4.40.2 compares it with 0
+            self.chunk_size = -1
         self.check_values()
 
     @property
