@@ -21,6 +21,10 @@ SMALL: dict[str, Any] = json.loads((GOLDEN / "hf" / "index.json").read_text())["
 """What every recorded model is like, as far as its case does not say otherwise: small, and without dropout."""
 
 
+SMALL_PAD = 1
+"""The token of padding in small models."""
+
+
 def small_config(**changes: Any) -> MegaConfig:
     """The configuration of a small model without dropout."""
     return MegaConfig(**SMALL | changes)
@@ -55,3 +59,34 @@ def old_layout(tensors: dict[str, Tensor], model: MegaPreTrainedModel, folder: P
     """Tensors by parameter, such as gradients, in the names and shapes in which the model is saved."""
     model.save_pretrained(folder, state_dict={key: tensor.contiguous() for key, tensor in tensors.items()})
     return written(folder)
+
+
+def tokens(batch: int, length: int) -> Tensor:
+    """Random tokens, none of which is special."""
+    return torch.randint(3, SMALL["vocab_size"], (batch, length))
+
+
+def causal_config(**changes: Any) -> MegaConfig:
+    """The configuration of a small causal model that goes on until it is stopped."""
+    return small_config(**{"is_decoder": True, "bidirectional": False, "eos_token_id": None} | changes)
+
+
+def lively(model: MegaPreTrainedModel) -> MegaPreTrainedModel:
+    """The model in float64 and evaluation, with weights so large that everything in it matters."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() and "ema" not in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.4)
+    return model.double().eval()
+
+
+def padded(rows: list[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
+    """Rows of tokens of different lengths as a batch, and its attention mask."""
+    length = max(len(row) for row in rows)
+    batch = torch.full((len(rows), length), SMALL_PAD)
+    mask = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(length - len(row), None) if side == "left" else slice(0, len(row))
+        batch[index, place], mask[index, place] = row, 1
+    return batch, mask

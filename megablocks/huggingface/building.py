@@ -48,8 +48,6 @@ class UnnormalizedRMSNorm(nn.Module):
 
 def mega_stack(config: MegaConfig) -> MegaEncoder | MegaDecoder:
     """Returns a decoder where the configuration says `is_decoder`, else an encoder; neither has a final norm."""
-    config.check_values()
-    config.check_direction()
     if not config.is_decoder:
         return MegaEncoder(
             MegaEncoderLayer(_self_attention(config), _feed_forward(config)) for _ in range(config.num_hidden_layers)

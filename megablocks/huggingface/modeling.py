@@ -210,6 +210,8 @@ class MegaModel(MegaPreTrainedModel):
 
     def __init__(self, config: MegaConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
+        config.check_values()
+        config.check_direction()
         self.embedding_layer = MegaEmbeddings(config)
         self.stack = mega_stack(config)
         self.pooler = MegaPooler(config) if add_pooling_layer else None
