@@ -61,7 +61,7 @@ def check_directory(directory: str | Path) -> Finding:
         ...     MegaModel(MegaConfig(vocab_size=100, hidden_size=32)).save_pretrained(directory)
         ...     finding = check_directory(directory)
         >>> finding.status, finding.description[0]
-        (0, 'a MegaModel of 132,868 parameters: an encoder of 4 layers, width 32, vocabulary 100')
+        (0, 'a MegaModel of 206,376 parameters: an encoder of 4 layers, width 32, vocabulary 100')
     """
     if not Path(directory).is_dir():
         return Finding((f"{directory} is not a directory.",))

@@ -129,11 +129,11 @@ def checkpoint_names() -> list[WeightRenaming | WeightConverter]:
     return [
         *(WeightRenaming(rf"layers\.(\d+)\.{old}\.", rf"stack.layers.\1.{new}.") for old, new in PARTS.items()),
         *(WeightRenaming(old.replace(".", r"\."), new) for old, new in PARAMETERS.items()),
-        *(WeightConverter(old, new, [_DropAxis(-1)]) for old, new in COLUMNS.items()),
-        *(WeightConverter(old, new, [_DropAxis(0)]) for old, new in ROWS.items()),
-        *(WeightConverter([old, BUFFER], new, [_BesideBuffer(0)]) for old, new in ROTARY.items()),
-        *(WeightConverter(old, new, [_Centred()]) for old, new in TABLE.items()),
-        *(WeightConverter(old, new, [_ScaleName()]) for old, new in SCALE.items()),
+        *(WeightConverter(old, new, operations=[_DropAxis(-1)]) for old, new in COLUMNS.items()),
+        *(WeightConverter(old, new, operations=[_DropAxis(0)]) for old, new in ROWS.items()),
+        *(WeightConverter([old, BUFFER], new, operations=[_BesideBuffer(0)]) for old, new in ROTARY.items()),
+        *(WeightConverter(old, new, operations=[_Centred()]) for old, new in TABLE.items()),
+        *(WeightConverter(old, new, operations=[_ScaleName()]) for old, new in SCALE.items()),
     ]
 
 

@@ -38,9 +38,9 @@ class MegaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "mega"
     supports_gradient_checkpointing = True
     _is_stateful = True
-    _no_split_modules = ("MegaEncoderLayer", "MegaDecoderLayer")
-    _skip_keys_device_placement = ("past_key_values",)
-    _keys_to_ignore_on_load_unexpected = (r"\._float_tensor$",)
+    _no_split_modules = ["MegaEncoderLayer", "MegaDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"\._float_tensor$"]  # noqa: RUF012
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -181,7 +181,7 @@ def test_states_are_not_written_into(model):
 def test_rows_of_a_cache_are_selected(model):
     prompt = tokens(3, 6)
     cache = model(prompt).past_key_values
-    assert cache.batch_size == 3
+    assert cache.layers[0].batch_size == 3
     after = tokens(3, 2)
     alone = model(after[1:2], past_key_values=model(prompt[1:2]).past_key_values).logits
 

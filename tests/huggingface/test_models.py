@@ -264,7 +264,14 @@ def test_auto_classes_find_the_models(auto, kind, tmp_path):
 def tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = ["<s>", "<pad>", "</s>", "<mask>", "<unk>", *"to be or not that is the question answer".split()]
+    words = [
+        "<s>",
+        "<pad>",
+        "</s>",
+        "<mask>",
+        "<unk>",
+        *["to", "be", "or", "not", "that", "is", "the", "question", "answer"],
+    ]
     made = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(
