@@ -6,7 +6,8 @@ decay factor is delta.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,26 +17,26 @@ from transformers.core_model_loading import ConversionOps, WeightConverter, Weig
 
 from megablocks.huggingface.configuration import MegaConfig
 
-PARTS: Mapping[str, str] = {"mega_layer": "attention", "cross_attn": "cross_attention", "nffn": "feed_forward"}
+PARTS: dict[str, str] = {"mega_layer": "attention", "cross_attn": "cross_attention", "nffn": "feed_forward"}
 """Parts of a layer, by their old names."""
 
-PARAMETERS: Mapping[str, str] = {
+PARAMETERS: dict[str, str] = {
     "ema_gate.kernel_projection_matrix": "ema.eta",
     "ema_gate.residual_weight": "ema.omega",
 }
 """Parameters that differ by name alone."""
 
-COLUMNS: Mapping[str, str] = {
+COLUMNS: dict[str, str] = {
     "ema_gate.damping_factor": "ema.alpha",
     "ema_gate.decay_factor": "ema.delta",
     "ema_gate.ema_expansion_matrix": "ema.beta",
 }
 """Parameters that are stored with an axis of length 1 at the end."""
 
-ROWS: Mapping[str, str] = {"rel_pos_bias.b_param": "position_bias.beta"}
+ROWS: dict[str, str] = {"rel_pos_bias.b_param": "position_bias.beta"}
 """Parameters that are stored with an axis of length 1 in front."""
 
-ROTARY: Mapping[str, str] = {"rel_pos_bias.alpha": "position_bias.alpha"}
+ROTARY: dict[str, str] = {"rel_pos_bias.alpha": "position_bias.alpha"}
 """As `ROWS`; beside it stands a buffer without a meaning, which the older code misses if it is not there."""
 
 BUFFER = "rel_pos_bias._float_tensor"
@@ -140,6 +141,43 @@ def checkpoint_names() -> list[WeightRenaming | WeightConverter]:
 def register_checkpoint_names() -> None:
     """Makes transformers read and write Mega checkpoints under their old names."""
     register_checkpoint_conversion_mapping(MegaConfig.model_type, checkpoint_names(), overwrite=True)
+
+
+def read_old_names(state_dict: dict[str, Any], prefix: str, config: MegaConfig) -> None:
+    """Gives tensors that have their names on disk, in place, the names and shapes of memory.
+
+    For those who hand a file to `load_state_dict`, as `Trainer` does when it resumes; `from_pretrained` does not.
+
+    Args:
+        state_dict: Tensors by name; other names are left alone.
+        prefix: What stands in front of the names of the `MegaModel`.
+        config: Its configuration.
+    """
+    on_disk = re.compile(re.escape(prefix) + r"layers\.(\d+)\.(\w+)\.(.+)")
+    for found in [match for match in map(on_disk.fullmatch, list(state_dict)) if match]:
+        tensor = state_dict.pop(found[0])
+        number, part, old = found.groups()
+        if old != BUFFER:
+            new, change = _READ.get(old, (old, _as_it_is))
+            state_dict[f"{prefix}stack.layers.{number}.{PARTS.get(part, part)}.{new}"] = change(tensor, config)
+
+
+def _as_it_is(tensor: Tensor, config: MegaConfig) -> Tensor:
+    return tensor
+
+
+def _centred(tensor: Tensor, config: MegaConfig) -> Tensor:
+    return tensor.roll(config.max_positions - config.bias_centre)
+
+
+_CHANGES: tuple[tuple[Mapping[str, str], Callable[[Tensor, MegaConfig], Tensor]], ...] = (
+    (PARAMETERS | SCALE, _as_it_is),
+    (COLUMNS, lambda tensor, config: tensor.squeeze(-1)),
+    (ROWS | ROTARY, lambda tensor, config: tensor.squeeze(0)),
+    (TABLE, _centred),
+)
+_READ = {old: (new, change) for names, change in _CHANGES for old, new in names.items()}
+"""New name and change of each tensor that is not the same on disk."""
 
 
 def _config_of(model: Any, name: str) -> MegaConfig:

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from megablocks._checks import check_input, check_token_ids
 from megablocks.huggingface.building import mega_stack
 from megablocks.huggingface.cache import MegaCache
+from megablocks.huggingface.checkpoint import read_old_names
 from megablocks.huggingface.configuration import MegaConfig
 from megablocks.huggingface.masks import first_real, padding_of
 from megablocks.layers import (
@@ -225,6 +226,10 @@ class MegaModel(MegaPreTrainedModel):
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, value: bool) -> None:
         self.stack.checkpoint = value
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        read_old_names(state_dict, prefix, self.config)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Returns the table of tokens."""
