@@ -57,7 +57,7 @@ def answer(model: nn.Module, call: dict[str, Any], given: Tensors) -> Tensors:
     model.train(call.get("train", False))
     model.zero_grad()
     if "first" in call:
-        return {"logits": stepped(model, call["first"], arguments)}
+        return {"logits": stepped(model, call["first"], arguments).detach()}
     output = model(**arguments, **call.get("flags", {}))
     answers = dict(flattened(output))
     if call.get("gradient"):

@@ -31,8 +31,8 @@ from megablocks.huggingface import MegaPreTrainedModel
 PEER = os.environ.get("MEGABLOCKS_PEER")
 pytestmark = pytest.mark.skipif(not PEER, reason="MEGABLOCKS_PEER names no interpreter with transformers 4.40.2")
 
-# Greatest difference, relative to the greatest number of a tensor and at least 1.
-TOLERANCE = {"float32": 2e-5, "float64": 1e-10}
+# Greatest difference, relative to the greatest number of a tensor and at least 1. Measured: 8e-6 and 3e-14.
+TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
 LENGTH, CHUNK, FIRST = 12, 4, 5
 ROWS = (12, 7, 4)  # real tokens of a padded batch
 MEMORY = (5, 2, 3)
@@ -106,6 +106,11 @@ class Job:
     def decoder(self) -> bool:
         return bool(self.config.get("is_decoder"))
 
+    @property
+    def cannot_be_made(self) -> bool:
+        """Whether initialising its weights fails over there (E11); loading it does not."""
+        return self.options.get("normalization_type") == "layernorm" and self.options.get("norm_affine") is False
+
     def __post_init__(self) -> None:
         torch.manual_seed(len(self.name))
         asked = {"output_hidden_states": True, "output_attentions": True}
@@ -124,6 +129,7 @@ class Job:
         if not self.options:
             self._call("embedded", {"inputs_embeds": torch.randn(3, LENGTH, SMALL["hidden_size"])}, flags=asked)
         if self.config["use_chunking"]:
+            self._call("chunk", {"input_ids": tokens(2, CHUNK)} | self._memory(2), flags=asked)
             self._call("short", {"input_ids": tokens(2, CHUNK - 1)} | self._memory(2), flags=asked)
             self._call("uneven", {"input_ids": tokens(2, CHUNK + 1)} | self._memory(2), flags=asked)
 
@@ -197,8 +203,11 @@ class Job:
         """What is wrong over there with an output of a call, if anything is."""
         config = self.config
         chunked, softmax = config["use_chunking"], config["attention_activation"] == "softmax"
-        if self.options.get("normalization_type") == "layernorm" and self.options.get("norm_affine") is False:
-            return "E11"  # cannot be made
+        if self.cls == "MegaForCausalLM" and not self.decoder:
+            return "E9"
+        simple_cross = config.get("add_cross_attention") and config["relative_positional_bias"] == "simple"
+        if chunked and simple_cross and call != "chunk":
+            return "E15"
         if call in ("short", "uneven"):
             return "E6" if self.decoder or call == "uneven" else None
         if call in ("steps", "padded_steps"):
@@ -226,9 +235,11 @@ def jobs(cls: str) -> list[Job]:
     """Every option alone, every kind of model, and, under few heads, the options of attention together."""
     whole = cls in ("MegaModel", "MegaForCausalLM")
     kinds = {kind: KINDS[kind] for kind in KINDS if whole or kind in ("encoder", "decoder")}
-    if cls == "MegaForCausalLM":  # others attend to the future there (E9)
-        kinds = {kind: options for kind, options in kinds.items() if options.get("is_decoder")}
+    if cls == "MegaForCausalLM":
+        del kinds["encoder"]  # refused here, attends to the future there (E9)
     choices: dict[str, dict[str, Any]] = {f"{kind}.default": options for kind, options in kinds.items()}
+    if cls == "MegaForCausalLM":
+        del kinds["causal_average"]
     kind, first = next(iter(kinds.items()))
     for name, options in (NORMS | OPTIONS | ATTENTIONS | BIASES | CHUNKS | HEADS.get(cls, {})).items():
         choices[f"{kind}.{name}"] = first | options
@@ -299,8 +310,10 @@ class Comparison:
         """Compares all calls of a job."""
         report = json.loads((folder / "answers.json").read_text())
         if "failed" in report:
-            defect = job.defect("", "")
-            self._differs(defect) if defect else self.wrong.append(f"{job.name}: {report['failed']}")
+            if job.cannot_be_made:
+                self._differs("E11")
+            else:
+                self.wrong.append(f"{job.name}: {report['failed']}")
             return
         self.jobs += 1
         answers = load_file(folder / "answers.safetensors")
