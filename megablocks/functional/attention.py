@@ -17,7 +17,7 @@ from torch import Tensor
 from megablocks._checks import values_readable
 from megablocks.functional.attention_function import Attention
 from megablocks.functional.padding import Slots, Span, pad_to_multiple, real_lengths, slots, take, zero_padding
-from megablocks.functional.sight import PositionBias, Sight, attend, attend_sight
+from megablocks.functional.sight import PositionBias, Sight, apply_weights, attend, attend_sight
 from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys, KeyState, WorkingKeys
 
 
@@ -63,12 +63,13 @@ def chunked_attention(
         return out[:, :length], weights
     start = torch.zeros(batch, dtype=torch.int64, device=q.device)
     layout = slots((batch, length), count, padding_mask=padding_mask, offset=start)
-    q, k, v = (layout.put(x) for x in (q, k, v))
-    out, weights = _in_chunks(q, k, v, function, size, causal, layout.filled, **options)
-    if weights is not None and count == size:
-        by_query = layout.back(weights.squeeze(1))
-        weights = layout.back(by_query.transpose(1, 2)).transpose(1, 2).unsqueeze(1)
-    return layout.back(out), weights
+    packed = (layout.put(q), layout.put(k), layout.put(v))
+    out, weights = _in_chunks(*packed, function, size, causal, layout.filled, **options)
+    if weights is None or count > size:
+        return layout.back(out), weights
+    by_query = layout.back(weights.squeeze(1))
+    weights = layout.back(by_query.transpose(1, 2)).transpose(1, 2).unsqueeze(1)
+    return apply_weights(weights, v.unsqueeze(1), dropout).squeeze(1), weights
 
 
 def streamed_attention(
@@ -146,7 +147,10 @@ def _in_chunks(
     size: int,
     causal: bool,
     filled: Tensor | None,
-    **options: Any,
+    *,
+    bias: PositionBias | None,
+    dropout: Callable[[Tensor], Tensor] | None,
+    need_weights: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Attends within chunks of slots; `filled` (B, S) are those that hold a query, the first ones of each row."""
     batch = q.shape[0]
@@ -158,10 +162,13 @@ def _in_chunks(
         shown = None if causal else filled.unsqueeze(1)
     slot = torch.arange(size, device=q.device)
     sight = Sight(slot, slot, causal, shown)
-    out, weights = attend_sight(q, k, v, function, sight, **options)
+    # Weights that are shown are the applied ones, so that gradients can be asked of them.
+    early = None if need_weights else dropout
+    out, weights = attend_sight(q, k, v, function, sight, bias=bias, dropout=early, need_weights=need_weights)
     if weights is not None:
         weights = weights if filled is None else weights.masked_fill(~filled.unsqueeze(-1), 0.0)
         weights = rearrange(weights, "(b k) c s -> b k c s", b=batch)
+        out = apply_weights(weights, rearrange(v, "(b k) c v -> b k c v", b=batch), dropout).flatten(0, 1)
     return rearrange(out, "(b k) c v -> b (k c) v", b=batch), weights
 
 

@@ -165,8 +165,13 @@ def attend(
     if bias is not None:
         scores = scores + bias
     weights = function.weights(scores, visible)
+    return apply_weights(weights, v, dropout), weights
+
+
+def apply_weights(weights: Tensor, v: Tensor, dropout: Callable[[Tensor], Tensor] | None) -> Tensor:
+    r"""Returns what weights $(\dots, L, S)$ make of values $(\dots, S, V)$, after dropout where there is any."""
     applied = weights.to(v.dtype)
-    return _product(applied if dropout is None else dropout(applied), v), weights
+    return _product(applied if dropout is None else dropout(applied), v)
 
 
 def _product(weights: Tensor, v: Tensor) -> Tensor:

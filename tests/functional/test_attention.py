@@ -213,3 +213,18 @@ def test_dropout_falls_on_weights_after_they_are_shown(name):
     out, weights = attend(q, k, v, ATTENTION[name], dropout=torch.zeros_like)
     assert not out.any()
     assert_same(weights, attend(q, k, v, ATTENTION[name])[1])
+
+
+@every_function
+@pytest.mark.parametrize("chunk_size", [None, 4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_weights_that_are_shown_are_those_that_were_applied(name, chunk_size, padded):
+    q, k, v = (x.requires_grad_() for x in inputs(2, 7))
+    padding_mask = torch.tensor([[True, False, False, True, False, False, False], [False] * 7]) if padded else None
+    options = {"causal": False, "chunk_size": chunk_size, "padding_mask": padding_mask}
+    out, weights = chunked_attention(q, k, v, ATTENTION[name], **options)
+    (gradient,) = torch.autograd.grad(out.sum(), weights)
+    assert gradient.abs().sum() > 0
+    unseen, nothing = chunked_attention(q, k, v, ATTENTION[name], **options, need_weights=False)
+    assert nothing is None
+    assert_close(out.detach(), unseen.detach(), 1e-12)
