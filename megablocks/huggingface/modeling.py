@@ -27,7 +27,7 @@ from megablocks.layers import (
     ScaleNorm,
     SimpleRelativeBias,
 )
-from megablocks.layers.trace import call_for
+from megablocks.layers.trace import Shown, call_for
 from megablocks.stacks import MegaDecoder
 from megablocks.state import DecoderState
 
@@ -271,7 +271,8 @@ class MegaModel(MegaPreTrainedModel):
             given |= memory
         else:
             state = self._state(cache, batch, memory)
-        y, seen, state = call_for(self.stack, x, state, output_attentions or output_hidden_states, **given)
+        shown: Shown | bool = True if output_attentions else "hidden_states" if output_hidden_states else False
+        y, seen, state = call_for(self.stack, x, state, shown, **given)
         if cache is not None:
             cache.advance(state, length)
         return self._returned(

@@ -204,6 +204,18 @@ def test_everything_inside_is_shown_and_keeps_its_gradient():
     assert output.hidden_states[1][1, :2].eq(0).all()
 
 
+def test_hidden_states_alone_need_no_attention_weights():
+    model, ids, asked = lively(MegaForMaskedLM(small_config())), tokens(2, 6), []
+    model.mega.stack.register_forward_pre_hook(
+        lambda stack, args, given: asked.append(given["trace"]), with_kwargs=True
+    )
+    alone = model(ids, output_hidden_states=True)
+    both = model(ids, output_hidden_states=True, output_attentions=True)
+    assert asked == ["hidden_states", True]
+    assert "attentions" not in alone
+    torch.testing.assert_close(alone.hidden_states, both.hidden_states)
+
+
 def test_cross_attention_is_shown():
     model = lively(MegaForCausalLM(causal_config(add_cross_attention=True)))
     memory = torch.randn(2, 3, 8, dtype=torch.float64)
