@@ -55,7 +55,7 @@ def build_model(vocabulary: int, *, quick: bool) -> MegaForCausalLM:
     config = MegaConfig(
         vocab_size=vocabulary,
         hidden_size=width,
-        num_hidden_layers=1 if quick else 2,
+        num_hidden_layers=1 if quick else 3,
         intermediate_size=2 * width,
         nffn_hidden_size=2 * width,
         is_decoder=True,
@@ -118,7 +118,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", metavar="TEXT", default="The statement", help="(default: 'The statement')")
     parser.add_argument("--tokens", type=int, default=80, metavar="N", help="tokens to write each time (default: 80)")
-    parser.add_argument("--steps", type=int, default=300, metavar="N", help="steps of training (default: 300)")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="steps of training (default: 400)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, crops and samples (default: 0)")
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps, to see that all runs")
     options = parser.parse_args(arguments)
