@@ -174,7 +174,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         description=about, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--topics", type=int, default=7, metavar="N", help="the N longest topics (default: 7)")
-    parser.add_argument("--epochs", type=float, default=8, help="times that training reads each paragraph (default: 8)")
+    parser.add_argument("--epochs", type=float, default=14, help="times that each paragraph is read (default: 14)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and what is held out (default: 0)")
     parser.add_argument("--model", metavar="DIR", help="a checkpoint with its tokenizer (default: new weights)")
     parser.add_argument("--save", metavar="DIR", help="where to leave model and tokenizer (default: nowhere)")

@@ -98,7 +98,7 @@ def train(model: MegaForCausalLM, text: Tensor, steps: int) -> None:
 
 def show(title: str, text: str) -> None:
     """Prints what was written."""
-    print(f"\n{title}\n{textwrap.indent(text, '  | ')}", flush=True)
+    print(f"\n{title}\n{textwrap.indent(text, '  | ', lambda line: True)}", flush=True)
 
 
 def write(

@@ -129,8 +129,7 @@ def answer_all(given_model: nn.Module, calls: dict[str, Any], folder: Path) -> N
         for name, call in calls.items():
             given = {key.partition("/")[2]: inputs[key] for key in inputs if key.partition("/")[0] == name}
             forget(model)
-            if hasattr(model.config, "problem_type"):
-                model.config.problem_type = call.get("problem_type")  # otherwise the first call decides (E17)
+            model.config.problem_type = given_model.config.problem_type  # otherwise the first call decides (E17)
             try:
                 with mock.patch.object(torch.Tensor, "float", narrow):
                     found = answer(model, call, given)

@@ -31,7 +31,7 @@ from megablocks.huggingface import MegaPreTrainedModel
 PEER = os.environ.get("MEGABLOCKS_PEER")
 pytestmark = pytest.mark.skipif(not PEER, reason="MEGABLOCKS_PEER names no interpreter with transformers 4.40.2")
 
-# Greatest difference, relative to the greatest number of a tensor and at least 1. Measured: 8e-6 and 3e-14.
+# Greatest difference, relative to the greatest number of a tensor and at least 1. Measured: 9e-6 and 3e-14.
 TOLERANCE = {"float32": 2e-5, "float64": 1e-12}
 LENGTH, CHUNK, FIRST = 12, 4, 5
 ROWS = (12, 7, 4)  # real tokens of a padded batch

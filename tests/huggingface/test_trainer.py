@@ -81,10 +81,12 @@ def assert_same_weights(ours: nn.Module, theirs: nn.Module, **tolerance) -> None
 
 @pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
 def test_training_lowers_the_loss(kind, tmp_path):
-    trainer = trainer_of(small(kind), tmp_path, max_steps=30, learning_rate=5e-2)
+    # Without the dense layer, with which the first steps of a language model learn no more than how often tokens are.
+    model = small(kind, add_lm_hidden_dense_layer=False)
+    trainer = trainer_of(model, tmp_path, max_steps=30, learning_rate=5e-2)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.9 * before
+    assert trainer.evaluate()["eval_loss"] < 0.6 * before
 
 
 @pytest.mark.parametrize("kind", TRAINED, ids=lambda kind: kind.__name__)
