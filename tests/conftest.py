@@ -16,6 +16,9 @@ import torch
 import torch.utils._device
 from hypothesis import HealthCheck, settings
 
+from megablocks.kernels import numba_cpu
+from megablocks.kernels.numba_host import reserve
+
 # Tensors are built from a drawn seed, so generating is cheap and shrinking works on sizes; only slow laws are slow.
 _ALWAYS: dict[str, Any] = {
     "deadline": None,
@@ -45,15 +48,12 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
-def _poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
+def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """`make`, with NaN in the memory that it leaves uninitialised."""
 
-    def make_poisoned(*args: Any, **kwargs: Any) -> Any:
+    def make_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
         made = make(*args, **kwargs)
-        if isinstance(made, np.ndarray):
-            if made.dtype.kind == "f":
-                made.fill(np.nan)
-        elif made.is_floating_point():
+        if made.is_floating_point():
             with torch.no_grad():
                 made.fill_(float("nan"))
         return made
@@ -61,9 +61,18 @@ def _poisoned(make: Callable[..., Any]) -> Callable[..., Any]:
     return make_poisoned
 
 
+def _reserved(x: torch.Tensor, *, zeros: bool) -> np.ndarray:
+    """Memory of the compiled kernels, which NumPy gives; numba must find `np.empty` itself unchanged."""
+    made = reserve(x, zeros=zeros)
+    if not zeros:
+        made.fill(np.nan)
+    return made
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Makes uninitialised memory show: it holds NaN instead of what happens to lie there, mostly zeros."""
     if "compile" not in request.keywords:
-        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty"), (np, "empty")):
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    monkeypatch.setattr(numba_cpu, "reserve", _reserved)
