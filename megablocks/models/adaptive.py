@@ -276,6 +276,9 @@ class SharedLinear(nn.Module):
         self.weight = weight
         self.transposed = transposed
 
+    def reset_parameters(self) -> None:
+        """Leaves the weights to the module that they belong to, which draws them."""
+
     def forward(self, x: Tensor) -> Tensor:
         """Returns the mapped vectors."""
         return F.linear(x, self.weight.T if self.transposed else self.weight)
