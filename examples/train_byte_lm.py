@@ -112,7 +112,7 @@ def split(text: bytes, length: int, name: str) -> tuple[Tensor, Tensor]:
 def build_model(preset: str | None) -> megablocks.MegaLanguageModel:
     """Returns a causal MEGA over bytes that attends within chunks: a small one, or one of the paper's."""
     if preset is not None:
-        return megablocks.preset(preset, vocab_size=256)
+        return megablocks.preset(preset, vocab_size=256, adaptive_cutoffs=None)
     decoder = megablocks.mega_decoder(4, 128, qk_dim=64, value_dim=256, ffn_dim=256, chunk_size=128)
     return megablocks.MegaLanguageModel(decoder, vocab_size=256)
 

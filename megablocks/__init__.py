@@ -16,13 +16,17 @@ from megablocks.layers import (
     Trace,
 )
 from megablocks.models import (
+    AdaptiveEmbedding,
+    AdaptiveSoftmax,
     BeamSearchOutput,
+    Evaluation,
     GenerationOutput,
     GenerationStep,
     MegaClassifier,
     MegaLanguageModel,
     MegaSeq2Seq,
     beam_search,
+    evaluate,
     generate,
     load,
     preset,
@@ -39,8 +43,11 @@ from megablocks.stacks import (
 )
 
 __all__ = [
+    "AdaptiveEmbedding",
+    "AdaptiveSoftmax",
     "BeamSearchOutput",
     "EMABackends",
+    "Evaluation",
     "GatedCrossAttention",
     "GenerationOutput",
     "GenerationStep",
@@ -63,6 +70,7 @@ __all__ = [
     "beam_search",
     "damped_ema",
     "ema_backend",
+    "evaluate",
     "generate",
     "load",
     "mega_decoder",

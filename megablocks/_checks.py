@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TypeVar
 
 import torch
@@ -202,6 +203,37 @@ def check_token_ids(name: str, ids: object, size: int, padding_mask: Tensor | No
                 f"`{name}` must be in [0, {size}), the vocabulary, but holds {low if low < 0 else high}; "
                 "mark padding with `padding_mask`, not with an id outside the vocabulary."
             )
+
+
+def check_targets(name: str, targets: object, shape: tuple[int, ...], size: int) -> None:
+    """Raises unless `targets` is an integer tensor of this shape; readable values must lie in [0, size)."""
+    if not isinstance(targets, Tensor) or targets.dtype not in (torch.int64, torch.int32):
+        kind = targets.dtype if isinstance(targets, Tensor) else type(targets).__name__
+        raise TypeError(f"`{name}` must be an int64 or int32 tensor of token ids, but is {kind}.")
+    if tuple(targets.shape) != shape:
+        raise ValueError(
+            f"`{name}` must hold one token for each position, shape {shape}, but has shape {tuple(targets.shape)}."
+        )
+    if values_readable(targets) and targets.numel():
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"`{name}` must be in [0, {size}), the vocabulary, but holds {low if low < 0 else high}; "
+                "leave positions without a target out."
+            )
+
+
+def check_cutoffs(name: str, cutoffs: object, vocab_size: int) -> tuple[int, ...]:
+    """Returns `cutoffs` as a tuple if they are whole numbers that rise within the vocabulary."""
+    if not isinstance(cutoffs, Sequence) or isinstance(cutoffs, str) or not len(cutoffs):
+        raise TypeError(f"`{name}` must be a list of at least one token id, but is {cutoffs!r}.")
+    checked = tuple(check_size(f"{name}[{index}]", cutoff) for index, cutoff in enumerate(cutoffs))
+    if any(cutoff >= following for cutoff, following in pairwise((*checked, vocab_size))):
+        raise ValueError(
+            f"`{name}` must rise and stay below the vocabulary of {vocab_size} tokens, but are {list(checked)}; "
+            "leave out those that cut nothing off."
+        )
+    return checked
 
 
 def check_optional_token(name: str, token: object, size: int) -> int | None:

@@ -10,6 +10,8 @@ from torch import nn
 
 from golden_data import Case, Tensors
 from megablocks import (
+    AdaptiveEmbedding,
+    AdaptiveSoftmax,
     MegaClassifier,
     MegaDecoder,
     MegaEncoder,
@@ -29,6 +31,8 @@ def language_model(case: Case) -> MegaLanguageModel:
     """The language model of a case."""
     args = case.args
     decoder = stack(args, "decoder", args["max_target_positions"], False)
+    if args["adaptive_input"]:
+        return adaptive_language_model(case, decoder)
     model = MegaLanguageModel(
         decoder,
         case.state["decoder.embed_tokens.weight"].shape[0],
@@ -38,6 +42,36 @@ def language_model(case: Case) -> MegaLanguageModel:
         tie_output=args["share_decoder_input_output_embed"] or args["share_all_embeddings"],
     )
     return filled(model, case.state, {"embedding.": "decoder.embedding.", "output.": "decoder.output."})
+
+
+ADAPTIVE_PREFIXES = {
+    "embedding.tables.": "decoder.embed_tokens.embeddings.",
+    "embedding.projections.": "decoder.embed_tokens.embeddings.",
+    "output.head.words.": "decoder.adaptive_softmax.head.word_proj.",
+    "output.head.clusters.": "decoder.adaptive_softmax.head.class_proj.",
+    "output.": "decoder.adaptive_softmax.",
+}
+
+
+def adaptive_language_model(case: Case, decoder: MegaDecoder) -> MegaLanguageModel:
+    """The language model of a case with bands."""
+    args, state = case.args, case.state
+    bands = [state[f"decoder.embed_tokens.embeddings.{band}.0.weight"] for band in range(3)]
+    size, width = sum(len(table) for table in bands), args["decoder_embed_dim"]
+    cuts = {side: [int(cut) for cut in args[f"adaptive_{side}_cutoff"].split(",")] for side in ("input", "softmax")}
+    embedding = AdaptiveEmbedding(
+        size, width, cutoffs=cuts["input"], factor=args["adaptive_input_factor"], input_dim=args["decoder_input_dim"]
+    )
+    output = AdaptiveSoftmax(
+        width,
+        size,
+        cutoffs=cuts["softmax"],
+        factor=args["adaptive_softmax_factor"],
+        embedding=embedding if args["tie_adaptive_weights"] else None,
+        tie_projections=args["tie_adaptive_proj"],
+    )
+    model = MegaLanguageModel(decoder, size, embedding=embedding, output=output)
+    return filled(model, state, ADAPTIVE_PREFIXES)
 
 
 def seq2seq(case: Case) -> MegaSeq2Seq:
@@ -147,7 +181,9 @@ def fairseq_key(key: str, prefixes: dict[str, str]) -> str:
     """What the original calls a weight of megablocks."""
     for ours, theirs in prefixes.items():
         if key.startswith(ours):
-            key = theirs + key.removeprefix(ours)
+            # A band is a table and what projects it.
+            part = {"embedding.tables.": ".0.weight", "embedding.projections.": ".1.weight"}.get(ours)
+            key = theirs + (key.removeprefix(ours) if part is None else key.split(".")[2] + part)
             break
     renamings = {
         r"\bembedding\.tokens\.": "embed_tokens.",

@@ -27,6 +27,7 @@ from megablocks.stacks import MegaDecoder, MegaDecoderLayer, MegaEncoder, MegaEn
 from strategies import Case, Sample
 
 VOCABULARY = 11
+CUTOFFS = [4, 7]
 CLASSES = 3
 LAYERS_OF_A_STACK = Case.num_layers
 
@@ -212,13 +213,15 @@ def embedded(
     return oracles.embedding(x, **params, **options)
 
 
-def make_language_model(case: Case, dtype: torch.dtype, device: str) -> MegaLanguageModel:
+def make_language_model(case: Case, dtype: torch.dtype, device: str, *, adaptive: bool = False) -> MegaLanguageModel:
     """The language model of a case."""
     return MegaLanguageModel(
         make_decoder(case, dtype, device),
         VOCABULARY,
         input_dim=None if case.tied else case.input_dim,
         tie_output=case.tied,
+        adaptive_cutoffs=CUTOFFS if adaptive else None,
+        adaptive_factor=2,
         embedding_norm=embedding_norm(case),
         device=device,
         dtype=dtype,
@@ -245,6 +248,29 @@ def language_model_final(params: dict[str, Any], case: Case, sample: Sample) -> 
     """The final state of the decoder."""
     x = embedded(params["embedding"], case, sample.x, sample.padding_mask)
     return stack_final(params["decoder"], case, sample._replace(x=x))
+
+
+def adaptive_params(model: MegaLanguageModel) -> dict[str, Any]:
+    """What the oracle takes of a language model with bands: one whole table, and the output as plain matrices."""
+    bands, output = model.embedding, model.output
+    pairs = zip(bands.tables, bands.projections, strict=True)
+    table = torch.cat([rows.weight.double() @ projection.weight.double().T for rows, projection in pairs])
+    norm = None if bands.norm is None else oracle_params(bands.norm)
+    tied = output.embedding is not None
+    head = torch.cat([output.head.words.weight, output.head.clusters.weight]) if tied else output.head.weight
+    tail = [(narrow.weight.T if tied else narrow.weight, words.weight) for narrow, _, words in output.tail]
+    return {
+        "embedding": {"table": table, "norm_params": norm},
+        "decoder": stack_params(model.decoder),
+        "output": {"head": head, "tail": tail},
+    }
+
+
+def adaptive_oracle(params: dict[str, Any], case: Case, sample: Sample) -> Tensor:
+    """The language model with bands, slowly."""
+    x = embedded(params["embedding"], case, sample.x, sample.padding_mask)
+    x = stack_oracle(params["decoder"], case, sample._replace(x=x))
+    return oracles.adaptive_log_probs(x, **params["output"], padding_mask=sample.padding_mask)
 
 
 def make_seq2seq(case: Case, dtype: torch.dtype, device: str) -> MegaSeq2Seq:
@@ -386,6 +412,18 @@ MODELS = [
         logits=True,
         chunked=True,
         depth=2 * LAYERS_OF_A_STACK + 3,
+    ),
+    Block(
+        name="adaptive_language_model",
+        make=partial(make_language_model, adaptive=True),
+        of=looking_back,
+        params=adaptive_params,
+        oracle=adaptive_oracle,
+        draw=draw_tokens,
+        start=start_decoder,
+        final=language_model_final,
+        chunked=True,
+        depth=2 * LAYERS_OF_A_STACK + 4,
     ),
     classifier_block("classifier", tokens=True, pair=False),
     classifier_block("continuous_classifier", tokens=False, pair=False),

@@ -496,6 +496,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, padding_mas
     return put_back([row @ weight.double().T + shift for row in real_rows(x, padding_mask)], padding_mask)
 
 
+def adaptive_log_probs(
+    x: Tensor, head: Tensor, tail: list[tuple[Tensor, Tensor]], *, padding_mask: Tensor | None = None
+) -> Tensor:
+    """Log-probabilities: `head` scores frequent tokens, then clusters; each of `tail` projects and scores its own."""
+    rows = []
+    for row in real_rows(x, padding_mask):
+        scores = (row @ head.double().T).log_softmax(1)
+        first = head.shape[0] - len(tail)
+        inside = [((row @ narrow.double().T) @ words.double().T).log_softmax(1) for narrow, words in tail]
+        rows.append(torch.cat([scores[:, :first], *(scores[:, [first + i]] + y for i, y in enumerate(inside))], dim=1))
+    return put_back(rows, padding_mask)
+
+
 def pool(x: Tensor, name: str, *, padding_mask: Tensor | None = None) -> Tensor:
     """The mean of each row's real tokens, or the first of them: (B, D); zeros for a row of padding."""
     pooled = []

@@ -23,7 +23,7 @@ def test_all_is_sorted_and_complete():
     assert list(megablocks.__all__) == sorted(megablocks.__all__, key=lambda name: (name.islower(), name))
 
 
-ROOMS = {"functional", "huggingface", "kernels", "layers", "models", "stacks", "state"}
+ROOMS = {"functional", "huggingface", "interop", "kernels", "layers", "models", "stacks", "state"}
 
 
 @pytest.mark.parametrize("name", NAMES)

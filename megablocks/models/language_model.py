@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -13,6 +14,7 @@ from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.gated_attention import refuse_future
 from megablocks.layers.trace import call_for, results
+from megablocks.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from megablocks.models.embedding import SharedWeights, TokenEmbedding, created_on, last_real_position, vocabulary_output
 from megablocks.stacks import MegaDecoder
 from megablocks.stacks.stack import set_chunk_size
@@ -31,6 +33,10 @@ class MegaLanguageModel(SharedWeights):
         embedding_norm: Name of a norm, or a module, behind the embedding; `None` for none.
         embedding_dropout: Probability of dropout on the embedded tokens.
         tie_output: Whether the output shares the embedding's weights.
+        adaptive_cutoffs: Token ids, rising, that cut a large vocabulary into bands of falling width: the embedding is
+            then an `AdaptiveEmbedding` and the output an `AdaptiveSoftmax`, which with `tie_output` share tables and
+            projections. `None` for one table.
+        adaptive_factor: By which each band is narrower than the one before it.
         embedding: A module of your own, called as `embedding(tokens, padding_mask=...)`, in place of the options above.
         output: A module of your own from `(B, L, D)` to `(B, L, vocab)`, in place of the linear map without bias.
         device: Where to create the parameters besides the decoder's.
@@ -38,9 +44,9 @@ class MegaLanguageModel(SharedWeights):
 
     Shape:
         - `tokens`: $(B, L)$, int64 or int32; `padding_mask`: $(B, L)$, bool, `True` at padding.
-        - output: logits $(B, L, \text{vocab})$, zeros at padding; with `last_only=True` those of each row's last
-          real token alone, $(B, 1, \text{vocab})$; with a state `(logits, new_state)`; with `trace=True` a `Trace`
-          stands second.
+        - output: logits $(B, L, \text{vocab})$, log-probabilities with an adaptive output, zeros at padding; with
+          `last_only=True` those of each row's last real token alone, $(B, 1, \text{vocab})$; with a state
+          `(logits, new_state)`; with `trace=True` a `Trace` stands second.
 
     Raises:
         ValueError: If a token is outside the vocabulary, or weights cannot be shared.
@@ -69,6 +75,8 @@ class MegaLanguageModel(SharedWeights):
         embedding_norm: str | nn.Module | None = None,
         embedding_dropout: float = 0.0,
         tie_output: bool = True,
+        adaptive_cutoffs: Sequence[int] | None = None,
+        adaptive_factor: float = 4.0,
         embedding: nn.Module | None = None,
         output: nn.Module | None = None,
         device: torch.device | str | None = None,
@@ -86,16 +94,22 @@ class MegaLanguageModel(SharedWeights):
         check_probability("embedding_dropout", embedding_dropout)
         self.vocab_size = check_size("vocab_size", vocab_size)
         with created_on(device):
+            bands: dict[str, Any] = {"cutoffs": adaptive_cutoffs, "factor": adaptive_factor}
             if embedding is None:
-                embedding = TokenEmbedding(
-                    vocab_size,
-                    decoder.embed_dim,
-                    input_dim=input_dim,
-                    scale=scale_embedding,
-                    norm=embedding_norm,
-                    dropout=embedding_dropout,
-                )
-            if output is None:
+                options: dict[str, Any] = {
+                    "input_dim": input_dim,
+                    "scale": scale_embedding,
+                    "norm": embedding_norm,
+                    "dropout": embedding_dropout,
+                }
+                if adaptive_cutoffs is None:
+                    embedding = TokenEmbedding(vocab_size, decoder.embed_dim, **options)
+                else:
+                    embedding = AdaptiveEmbedding(vocab_size, decoder.embed_dim, **bands, **options)
+            if output is None and adaptive_cutoffs is not None:
+                shared: dict[str, Any] = {"embedding": embedding, "tie_projections": True} if tie_output else {}
+                output = AdaptiveSoftmax(decoder.embed_dim, vocab_size, **bands, **shared)
+            elif output is None:
                 output = vocabulary_output(decoder.embed_dim, vocab_size, embedding if tie_output else None)
         self.embedding = embedding.to(dtype=dtype)
         self.decoder = decoder

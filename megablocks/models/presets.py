@@ -74,7 +74,12 @@ PRESETS: Mapping[str, Preset] = {
     "wikitext103": Preset(
         MegaLanguageModel,
         (16, 1024, 2048, 256, 2048),
-        {"final_norm_affine": False, "chunk_size": 1024, "vocab_size": 267744},
+        {
+            "final_norm_affine": False,
+            "chunk_size": 1024,
+            "vocab_size": 267744,
+            "adaptive_cutoffs": (20000, 60000),
+        },
     ),
     "wmt": Preset(
         MegaSeq2Seq,
@@ -142,9 +147,10 @@ def preset(name: str, **overrides: Any) -> Model:
         TypeError: If an override is not an option of this model; the message lists those that are.
 
     Note:
-        Vocabularies are those of the usual preparations of the data; override `vocab_size` for yours. The widths of
-        `wikitext103` are those of the released code, with which the paper's 252M parameters come out; the paper's
-        table says 1536 where the code has 2048.
+        Vocabularies are those of the usual preparations of the data; override `vocab_size` for yours, and with
+        `wikitext103` also `adaptive_cutoffs` if it is small: `None` for one table. The widths of `wikitext103` are
+        those of the released code, with which the paper's 252M parameters come out; the paper's table says 1536 where
+        the code has 2048.
 
     Example:
         >>> model = preset("enwik8", num_layers=2, embed_dim=64)

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fairseq_models import PAD, classifier, fairseq_key, language_model, seq2seq
+from fairseq_models import ADAPTIVE_PREFIXES, PAD, classifier, fairseq_key, language_model, seq2seq
 from golden_data import Run, true_runs
 from megablocks import MegaClassifier
 
-# Adaptive embeddings and softmax are models of their own.
 LANGUAGE = [run for run in true_runs("fairseq", "lm") if not run.case.args["adaptive_input"]]
+ADAPTIVE = [run for run in true_runs("fairseq", "lm") if run.case.args["adaptive_input"]]
 TRANSLATION = true_runs("fairseq", "encdec")
 CLASSIFIERS = true_runs("fairseq", "lra") + true_runs("fairseq", "sc")
 
@@ -69,6 +69,40 @@ def test_language_model(run):
         loss.backward()
         gradients_agree(model, run, {"embedding.": "decoder.embedding.", "output.": "decoder.output."})
     close(model.float()(tokens, padding_mask=mask).double(), run.outputs["out"], float32_tolerance(run, "out"))
+
+
+@pytest.mark.parametrize("run", ADAPTIVE, ids=str)
+def test_adaptive_language_model(run):
+    model, tokens = language_model(run.case), run.inputs["src"]
+    x = model.embedding(tokens, padding_mask=tokens == PAD)
+    if "seg" in run.inputs:
+        state, pieces = model.init_state(tokens.shape[0]), []
+        for piece in x.split([int(length) for length in segments(run)], dim=1):
+            y, state = model.decoder(piece, state=state)
+            pieces.append(y)
+        close(torch.cat(pieces, dim=1), run.outputs["out"])
+        return
+    mask, target = tokens == PAD, run.inputs["target"]
+    features = model.decoder(x, padding_mask=mask)
+    close(features, run.outputs["out"])
+    log_probs = model(tokens, padding_mask=mask)
+    close(log_probs[~mask], run.outputs["lprobs"][~mask])
+    # Given targets, the original fills in the tails that they are in.
+    picked = model.output.target_log_probs(features, target)
+    close(picked, run.outputs["lprobs_target"].gather(2, target.unsqueeze(2)).squeeze(2))
+    # The original's loss leaves out the second word of every tail (D19).
+    cutoffs = model.output.cutoffs
+    band = torch.bucketize(target, torch.tensor(cutoffs), right=True)
+    start = torch.tensor([0, *cutoffs])[band]
+    skipped = (band > 0) & (target - start == PAD)
+    head = torch.log_softmax(model.output.head(features), dim=-1)
+    of_cluster = head.gather(2, (cutoffs[0] - 1 + band).clamp(min=0).unsqueeze(2)).squeeze(2)
+    counted = torch.where(skipped, of_cluster, picked)[target != PAD]
+    loss = -counted.sum()
+    close(loss.reshape(1), run.outputs["adaptive_sum"].reshape(1))
+    if run.grad_of:
+        loss.backward()
+        gradients_agree(model, run, ADAPTIVE_PREFIXES)
 
 
 def segments(run: Run) -> Tensor:
