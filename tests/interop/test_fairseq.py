@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+import types
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -343,6 +346,28 @@ def test_half_precision_files_become_float32(tmp_path):
     state = {key: value.half() if value.is_floating_point() else value for key, value in case.state.items()}
     model = load_checkpoint(written(tmp_path / "half.pt", "mega_lm", case.args, state))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_what_stands_beside_the_weights_is_passed_over(tmp_path, monkeypatch):
+    # Running averages and NumPy's numbers, as training wrote them; neither the fork nor its classes are there to read.
+    case, path = cases("fairseq", "lm")[0], tmp_path / "trained.pt"
+    meters = types.ModuleType("fairseq.meters")
+    meters.AverageMeter = type("AverageMeter", (), {"__module__": "fairseq.meters"})
+    meter = meters.AverageMeter()
+    meter.sum, meter.count = np.float64(3.5), 2
+    extra = {
+        "train_meters": {"loss": meter},
+        "val_loss": np.float64(1.75),
+        "best": np.float32(1.5),
+        "epoch": np.int64(3),
+    }
+    with monkeypatch.context() as there:
+        there.setitem(sys.modules, "fairseq", types.ModuleType("fairseq"))
+        there.setitem(sys.modules, "fairseq.meters", meters)
+        args = argparse.Namespace(arch="mega_lm", **case.args)
+        torch.save({"args": args, "model": case.state, "extra_state": extra}, path)
+    tokens = next(run for run in case.runs if run.name == "nopad").inputs["src"]
+    assert load_checkpoint(path)(tokens).equal(load_checkpoint(file_of(case, tmp_path))(tokens))
 
 
 class Harmful:

@@ -23,14 +23,25 @@ class Checkpoint(NamedTuple):
     """The state dict, by the original's names."""
 
 
-class _Meter:
-    """Stands for the original's running averages of losses and times, which nothing here reads."""
+class _Unread:
+    """Stands for what lies beside the weights and is not read: averages of losses and times, numbers of NumPy."""
+
+    def __init__(self, *args: object) -> None:
+        """Takes whatever the file says."""
+
+    def __setstate__(self, state: object) -> None:
+        """Drops it."""
 
 
-_METERS = [
-    (_Meter, f"fairseq.{module}.{name}")
-    for module in ("meters", "logging.meters")
-    for name in ("AverageMeter", "TimeMeter", "StopwatchMeter")
+_UNREAD = [
+    *(
+        (_Unread, f"fairseq.{module}.{name}")
+        for module in ("meters", "logging.meters")
+        for name in ("AverageMeter", "TimeMeter", "StopwatchMeter")
+    ),
+    *((_Unread, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")),
+    (_Unread, "numpy.dtype"),
+    *((_Unread, f"numpy.dtypes.{name}DType") for name in ("Float32", "Float64", "Int32", "Int64")),
 ]
 
 
@@ -65,7 +76,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
 
 def _unpickled(file: Path) -> Any:
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *_METERS]):
+        with torch.serialization.safe_globals([argparse.Namespace, *_UNREAD]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|class|call) `?([\w]+(?:\.[\w]+)+)", str(error))
