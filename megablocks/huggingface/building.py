@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from megablocks.huggingface.configuration import MegaConfig
 from megablocks.layers import (
@@ -19,6 +22,7 @@ from megablocks.layers import (
     SimpleRelativeBias,
 )
 from megablocks.stacks import MegaDecoder, MegaDecoderLayer, MegaEncoder, MegaEncoderLayer
+from megablocks.stacks.stack import recomputing_options
 
 
 class UnnormalizedRMSNorm(nn.Module):
@@ -46,14 +50,36 @@ class UnnormalizedRMSNorm(nn.Module):
         __call__ = forward
 
 
+class _Checkpointed(GradientCheckpointingLayer):
+    """A layer that transformers may compute again in the backward pass; batches are then not counted twice."""
+
+    @property
+    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
+        checkpoint: Callable[..., Any] = self.__dict__["_checkpoint"]
+        reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
+        return checkpoint if reentrant else partial(checkpoint, **recomputing_options(self))
+
+    @_gradient_checkpointing_func.setter
+    def _gradient_checkpointing_func(self, checkpoint: Callable[..., Any]) -> None:
+        self.__dict__["_checkpoint"] = checkpoint
+
+
+class EncoderLayer(MegaEncoderLayer, _Checkpointed):
+    """A `MegaEncoderLayer` whose activations transformers may checkpoint."""
+
+
+class DecoderLayer(MegaDecoderLayer, _Checkpointed):
+    """A `MegaDecoderLayer` whose activations transformers may checkpoint."""
+
+
 def mega_stack(config: MegaConfig) -> MegaEncoder | MegaDecoder:
     """Returns a decoder where the configuration says `is_decoder`, else an encoder; neither has a final norm."""
     if not config.is_decoder:
         return MegaEncoder(
-            MegaEncoderLayer(_self_attention(config), _feed_forward(config)) for _ in range(config.num_hidden_layers)
+            EncoderLayer(_self_attention(config), _feed_forward(config)) for _ in range(config.num_hidden_layers)
         )
     return MegaDecoder(
-        MegaDecoderLayer(
+        DecoderLayer(
             _self_attention(config),
             _cross_attention(config) if config.add_cross_attention else None,
             _feed_forward(config),

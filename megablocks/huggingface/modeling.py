@@ -39,7 +39,7 @@ class MegaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "mega"
     supports_gradient_checkpointing = True
     _is_stateful = True
-    _no_split_modules = ["MegaEncoderLayer", "MegaDecoderLayer"]  # noqa: RUF012
+    _no_split_modules = ["EncoderLayer", "DecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"\._float_tensor$"]  # noqa: RUF012
 
@@ -217,15 +217,6 @@ class MegaModel(MegaPreTrainedModel):
         self.stack = mega_stack(config)
         self.pooler = MegaPooler(config) if add_pooling_layer else None
         self.post_init()
-
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether layers are computed again in the backward pass instead of keeping their activations."""
-        return self.stack.checkpoint
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, value: bool) -> None:
-        self.stack.checkpoint = value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         read_old_names(state_dict, prefix, self.config)

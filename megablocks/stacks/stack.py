@@ -67,7 +67,7 @@ class Stack(nn.Module):
             hidden_states.append(x)
         for index, layer in enumerate(self.layers):
             if self.checkpoint and self.training and torch.is_grad_enabled():
-                y, *extra = recomputed(call, layer, index, x, use_reentrant=False, **_contexts(layer))
+                y, *extra = recomputed(call, layer, index, x, use_reentrant=False, **recomputing_options(layer))
             else:
                 y, *extra = call(layer, index, x)
             if self.training and self.layer_drop:
@@ -83,7 +83,7 @@ class Stack(nn.Module):
         return x if self.final_norm is None else self.final_norm(x, padding_mask=padding_mask)
 
 
-def _contexts(layer: nn.Module) -> dict[str, Any]:
+def recomputing_options(layer: nn.Module) -> dict[str, Any]:
     """How a layer is computed again: with batch statistics, without counting the batch a second time."""
     if any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in layer.modules()):
         return {"context_fn": lambda: (nullcontext(), recomputing())}

@@ -126,7 +126,7 @@ def test_activations_are_checkpointed(kind, reentrant, tmp_path):
     kept = trainer_of(small(kind, **DROPOUT), tmp_path, max_steps=2)
     kept.train()
     model, calls = small(kind, **DROPOUT), []
-    model.mega.stack.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    model.mega.stack.layers[0].attention.v_proj.register_forward_pre_hook(lambda *_: calls.append(1))
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     trainer_of(model, tmp_path, max_steps=2, **options).train()
     assert len(calls) == 4  # two steps, each forward and again for the backward pass
