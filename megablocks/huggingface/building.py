@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -53,15 +52,11 @@ class UnnormalizedRMSNorm(nn.Module):
 class _Checkpointed(GradientCheckpointingLayer):
     """A layer that transformers may compute again in the backward pass; batches are then not counted twice."""
 
-    @property
-    def _gradient_checkpointing_func(self) -> Callable[..., Any]:
-        checkpoint: Callable[..., Any] = self.__dict__["_checkpoint"]
-        reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant", True)
-        return checkpoint if reentrant else partial(checkpoint, **recomputing_options(self))
-
-    @_gradient_checkpointing_func.setter
-    def _gradient_checkpointing_func(self, checkpoint: Callable[..., Any]) -> None:
-        self.__dict__["_checkpoint"] = checkpoint
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_gradient_checkpointing_func" and not getattr(value, "keywords", {}).get("use_reentrant", True):
+            options = recomputing_options(self)
+            value = partial(value, **options) if options else value
+        super().__setattr__(name, value)
 
 
 class EncoderLayer(MegaEncoderLayer, _Checkpointed):
