@@ -49,5 +49,5 @@ def _dropout(x: Tensor, p: float) -> Tensor:
     if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling() or plain_only(x):
         return F.dropout(x, p)
     draws = torch.empty(-(-x.numel() // 2), dtype=torch.int64).random_().view(torch.int32)[: x.numel()]
-    kept = draws.bitwise_and_(0x7FFF_FFFF) < round((1 - p) * 2**31)  # 31 bits for each value
+    kept = draws.bitwise_and_(0x7FFF_FFFF) <= round((1 - p) * 2**31) - 1  # 31 bits for each value
     return x * kept.view(x.shape).to(x.dtype).mul_(1 / (1 - p))

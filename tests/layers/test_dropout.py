@@ -21,6 +21,10 @@ def test_values_are_dropped_with_that_probability_and_the_others_scaled(p, dtype
     assert_same(y[y != 0].unique(), torch.tensor([1 / (1 - p)], dtype=dtype))
 
 
+def test_a_probability_below_what_the_draws_can_show_drops_nothing():
+    assert_same(SequenceDropout(1e-12)(torch.ones(1, 9, 1)), torch.ones(1, 9, 1))
+
+
 def test_draws_are_independent():
     # Two values share 64 bits: neither they, nor values at other distances, are dropped together more often.
     dropped = (SequenceDropout(0.5)(torch.ones(1, 1 << 20, 1)) == 0).flatten().double() * 2 - 1
