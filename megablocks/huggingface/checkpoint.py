@@ -108,8 +108,7 @@ class _Centred(_Converted):
 
     def _change(self, tensor: Tensor, **kwargs: Any) -> Tensor:
         config = _config_of(kwargs["model"], kwargs["full_layer_name"])
-        shift = config.max_positions - config.bias_centre
-        return tensor.roll(-shift if self.undo else shift)
+        return _centred(tensor, config, undo=self.undo)
 
 
 class _ScaleName(_Converted):
@@ -166,8 +165,9 @@ def _as_it_is(tensor: Tensor, config: MegaConfig) -> Tensor:
     return tensor
 
 
-def _centred(tensor: Tensor, config: MegaConfig) -> Tensor:
-    return tensor.roll(config.max_positions - config.bias_centre)
+def _centred(tensor: Tensor, config: MegaConfig, *, undo: bool = False) -> Tensor:
+    shift = config.max_positions - config.bias_centre
+    return tensor.roll(-shift if undo else shift)
 
 
 _CHANGES: tuple[tuple[Mapping[str, str], Callable[[Tensor, MegaConfig], Tensor]], ...] = (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from megablocks._checks import check_optional_size, check_token_ids
 from megablocks.functional.precision import at_least_float32
 from megablocks.models.adaptive import AdaptiveSoftmax
+from megablocks.models.generation import evaluating
 from megablocks.models.language_model import MegaLanguageModel
 from megablocks.state import DecoderState
 
@@ -110,7 +111,7 @@ def _evaluations(
         check_token_ids("segments", segment, model.vocab_size)
         if segment.shape[0] != 1:
             raise ValueError(f"Each of `segments` must have shape (1, length), but one has {tuple(segment.shape)}.")
-        with _evaluating(model, chunk_size), torch.no_grad():
+        with evaluating(list(model.modules())), _chunked(model, chunk_size):
             after = _scored(model, segment, after)
         yield after
 
@@ -146,17 +147,13 @@ def target_log_probs(output: nn.Module, x: Tensor, targets: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: MegaLanguageModel, chunk_size: int | None) -> Iterator[None]:
-    """Eval mode and another chunk size for a while."""
-    modes = [(part, part.training) for part in model.modules()]
+def _chunked(model: MegaLanguageModel, chunk_size: int | None) -> Iterator[None]:
+    """Another chunk size for a while."""
     sizes = [(part, part.__dict__["chunk_size"]) for part in model.modules() if "chunk_size" in part.__dict__]
     try:
-        model.eval()
         if chunk_size is not None:
             model.set_chunk_size(chunk_size)
         yield
     finally:
-        for part, training in modes:
-            part.training = training
         for part, size in sizes:
             part.chunk_size = size
