@@ -1,12 +1,13 @@
-"""Every Python block of the README and of the pages runs, from top to bottom of its page, and prints what stands there."""
+"""Every Python block of the README and of the pages runs, from top to bottom of its page, and prints what is shown."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import pages
 import pytest
+
+import pages
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,8 +48,13 @@ def test_the_readme_names_its_commands():
 
 
 def test_outputs_are_written_behind_their_blocks():
-    text = "a\n```python\nprint(1)\n```\n\n```text title=\"output\"\nold\n```\nb\n```python\nx = 1\n```\nc\n"
+    text = 'a\n```python\nprint(1)\n```\n\n```text title="output"\nold\n```\nb\n```python\nx = 1\n```\nc\n'
     again = pages.written(text, ["one\n", ""])
     assert again == text.replace("\n\n```text", "\n\n```text").replace("old", "one")
     assert pages.written(again, ["one\n", ""]) == again
     assert [block.shown for block in pages.blocks(again)] == ["one\n", ""]
+
+
+def test_the_dark_figure_of_the_readme_is_the_light_one_turned_over():
+    light, dark = ((ROOT / "docs" / "assets" / f"mega_layer{kind}.svg").read_text() for kind in ("", "_dark"))
+    assert dark == light.replace('640"', '640" style="filter: invert(1) hue-rotate(180deg)"', 1)
