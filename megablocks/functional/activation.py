@@ -50,6 +50,46 @@ class _SiluGate(torch.autograd.Function):
         return tangent * F.silu(gate) + _silu_slope(gate_tangent * x, gate)
 
 
+def rescaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    r"""Returns $x \odot \text{scale} + \text{shift}$ for each row of both, $(\dots, R, Z)$ from $(\dots, Z)$."""
+    return x.unsqueeze(-2) * scale + shift
+
+
+def update_gate(x: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
+    r"""Returns $\sigma(u) \odot \text{candidate} + (1 - \sigma(u)) \odot x$, keeping no more than what came in."""
+    if torch.compiler.is_compiling():
+        return torch.lerp(x, candidate, torch.sigmoid(update))
+    mixed: Tensor = _UpdateGate.apply(x, candidate, update)  # type: ignore[no-untyped-call]
+    return mixed
+
+
+class _UpdateGate(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
+        return torch.lerp(x, candidate, torch.sigmoid(update))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, candidate, update = ctx.saved_tensors
+        gate = update.sigmoid()
+        taken = gradient * gate
+        return gradient - taken, taken, (candidate - x) * taken * (1.0 - gate)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, candidate_tangent: Tensor, update_tangent: Tensor) -> Tensor:
+        x, candidate, update = ctx.saved_tensors
+        gate = update.sigmoid()
+        mixed: Tensor = tangent + (candidate_tangent - tangent) * gate
+        return mixed.addcmul(update_tangent * (candidate - x), gate * (1.0 - gate))
+
+
 def _silu_slope(gradient: Tensor, x: Tensor) -> Tensor:
     if torch.is_grad_enabled():  # the operator below has no derivative itself
         sigmoid = x.sigmoid()

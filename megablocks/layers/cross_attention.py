@@ -19,9 +19,10 @@ from megablocks._checks import (
     check_table,
     values_readable,
 )
-from megablocks.functional.activation import activation_function, silu_gate
+from megablocks.functional.activation import activation_function, silu_gate, update_gate
 from megablocks.functional.attention_function import AttentionFunction
 from megablocks.functional.padding import real_lengths, zero_padding
+from megablocks.functional.recomputation import Recomputation
 from megablocks.functional.sight import Sight, attend_sight
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
@@ -237,8 +238,9 @@ class GatedCrossAttention(nn.Module):
             dropout=self.attention_dropout.or_none(),
             need_weights=trace,
         )
-        hidden = self.dropout(self.activation(self.h_proj(silu_gate(out, reset))))
-        y = torch.lerp(x, hidden.to(x.dtype), torch.sigmoid(update).to(x.dtype))
+        with Recomputation(x, out) as again:
+            hidden = self.dropout(again(self.activation, self.h_proj(again(silu_gate, out, reset))))
+            y = update_gate(x, hidden.to(x.dtype), update.to(x.dtype))
         if self.norm is not None and not self.prenorm:
             y = self.norm(y, padding_mask=padding_mask)
         y = zero_padding(y.to(x.dtype), padding_mask)

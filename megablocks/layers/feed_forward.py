@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from megablocks._checks import check_flag, check_input, check_padding_mask, check_size
 from megablocks.functional.activation import activation_function
 from megablocks.functional.padding import zero_padding
+from megablocks.functional.recomputation import Recomputation
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
 from megablocks.layers.norm import sequence_norm
@@ -91,8 +92,9 @@ class NormalizedFFN(nn.Module):
         check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
         x = zero_padding(x, padding_mask)
         inputs = self.norm(x, padding_mask=padding_mask) if self.norm is not None and self.prenorm else x
-        hidden = self.hidden_dropout(self.activation(self.fc1(inputs)))
-        y = x + self.dropout(self.fc2(hidden))
+        with Recomputation(x) as again:
+            hidden = self.hidden_dropout(again(self.activation, self.fc1(inputs)))
+            y = x + self.dropout(self.fc2(hidden))
         if self.norm is not None and not self.prenorm:
             y = self.norm(y, padding_mask=padding_mask)
         return zero_padding(y.to(x.dtype), padding_mask)

@@ -21,10 +21,11 @@ from megablocks._checks import (
     check_table,
     values_readable,
 )
-from megablocks.functional.activation import activation_function, silu_gate
+from megablocks.functional.activation import activation_function, rescaled, silu_gate, update_gate
 from megablocks.functional.attention import chunked_attention, streamed_attention
 from megablocks.functional.attention_function import AttentionFunction
 from megablocks.functional.padding import zero_padding
+from megablocks.functional.recomputation import Recomputation
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
 from megablocks.layers.ema import MultiDimensionDampedEMA
@@ -226,33 +227,35 @@ class MovingAverageGatedAttention(nn.Module):
         self._check_reach(self._span(x.shape[1], chunk_size, state))
 
         x = zero_padding(x, padding_mask)
-        inputs = self.norm(x, padding_mask=padding_mask) if self.norm is not None and self.prenorm else x
-        v = self.hidden_dropout(self.activation(self.v_proj(inputs)))
-        if state is None:
-            averages, ema_state = self.ema(inputs, padding_mask=padding_mask), None
-        else:
-            averages, ema_state = self.ema(inputs, padding_mask=padding_mask, state=state.ema)
-        moved = self.mx_proj(self.dropout(F.silu(averages)))
-        update, shared, reset, candidate = moved.split(self._split, dim=-1)
-        q, k = (F.silu(shared).unsqueeze(-2) * self.qk_weight + self.qk_bias).unbind(-2)
-
         options: dict[str, Any] = {
             "bias": self.position_bias,
             "padding_mask": padding_mask,
             "dropout": self.attention_dropout.or_none(),
             "need_weights": trace,
         }
-        new_state = None
-        if state is None:
-            out, weights = chunked_attention(
-                q, k, v, self.attention, causal=self.causal, chunk_size=chunk_size, **options
-            )
-        else:
-            out, weights, keys = streamed_attention(q, k, v, state.keys, self.attention, **options)
-            new_state = AttentionState(ema_state, keys)
+        with Recomputation(x) as again:
+            inputs = self.norm(x, padding_mask=padding_mask) if self.norm is not None and self.prenorm else x
+            v = self.hidden_dropout(again(self.activation, self.v_proj(inputs)))
+            if state is None:
+                averages, ema_state = self.ema(inputs, padding_mask=padding_mask), None
+            else:
+                averages, ema_state = self.ema(inputs, padding_mask=padding_mask, state=state.ema)
+            moved = self.mx_proj(self.dropout(again(F.silu, averages)))
+            update, shared, reset, candidate = moved.split(self._split, dim=-1)
+            q, k = again(rescaled, again(F.silu, shared), self.qk_weight, self.qk_bias).unbind(-2)
 
-        hidden = self.dropout(self.activation(candidate + self.h_proj(silu_gate(out, reset))))
-        y = torch.lerp(x, hidden.to(x.dtype), torch.sigmoid(update).to(x.dtype))
+            new_state = None
+            if state is None:
+                out, weights = chunked_attention(
+                    q, k, v, self.attention, causal=self.causal, chunk_size=chunk_size, **options
+                )
+            else:
+                out, weights, keys = streamed_attention(q, k, v, state.keys, self.attention, **options)
+                new_state = AttentionState(ema_state, keys)
+
+            hidden = self.dropout(again(self.activation, candidate + self.h_proj(again(silu_gate, out, reset))))
+            y = update_gate(x, hidden.to(x.dtype), update.to(x.dtype))
+
         if self.norm is not None and not self.prenorm:
             y = self.norm(y, padding_mask=padding_mask)
         y = zero_padding(y.to(x.dtype), padding_mask)
