@@ -152,11 +152,11 @@ def share_out(task: Compiled, batch: int, tiles: int, size: int, *arguments: Any
 
 
 def _compile_for(task: Compiled, arguments: tuple[Any, ...]) -> None:
-    """Compiles a task for the types of these arguments, and says so if that takes longer than a second."""
+    """Compiles a task for the types of these arguments or loads it, and says so if that takes longer than a second."""
     known = (task, next(part.dtype for part in arguments if isinstance(part, np.ndarray)))
     if known in _compiled:
         return
-    message = "Compiling the damped EMA for this CPU; later calls need not wait."
+    message = "Compiling the damped EMA for this CPU, or loading it from the cache; later calls need not wait."
     told = threading.Timer(PATIENCE, _LOGGER.warning, (message,))
     told.start()
     try:
