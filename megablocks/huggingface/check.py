@@ -100,9 +100,10 @@ def _described(model: MegaPreTrainedModel) -> Iterator[str]:
     what = "a decoder" if config.is_decoder else "an encoder"
     if config.add_cross_attention:
         what += " with cross-attention"
+    layers = "1 layer" if config.num_hidden_layers == 1 else f"{config.num_hidden_layers} layers"
     yield (
-        f"a {type(model).__name__} of {model.num_parameters():,} parameters: {what} of {config.num_hidden_layers} "
-        f"layers, width {config.hidden_size}, vocabulary {config.vocab_size}"
+        f"a {type(model).__name__} of {model.num_parameters():,} parameters: {what} of {layers}, "
+        f"width {config.hidden_size}, vocabulary {config.vocab_size}"
     )
     ways = "both ways" if config.bidirectional else "backwards"
     lags = "" if config.truncation is None else f", {config.truncation} lags"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 import types
@@ -372,6 +373,25 @@ def test_what_stands_beside_the_weights_is_passed_over(tmp_path, monkeypatch):
 
 class Harmful:
     """Something that no checkpoint needs."""
+
+
+class Calls:
+    """Something that calls a function as it is read."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __reduce__(self):
+        return self.function, ("true",)
+
+
+@pytest.mark.parametrize(("function", "name"), [(os.system, "posix.system"), (print, "print"), (eval, "eval")])
+def test_functions_are_refused_by_name_and_not_called(function, name, tmp_path, capsys):
+    path = tmp_path / "bad.pt"
+    torch.save({"args": argparse.Namespace(arch="mega_lm"), "model": {}, "extra": Calls(function)}, path)
+    with pytest.raises(ValueError, match=rf"asks for `{name}`, which is not known to be harmless"):
+        load_checkpoint(path)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -79,8 +79,8 @@ def _unpickled(file: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace, *_UNREAD]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = re.search(r"(?:GLOBAL|class|call) `?([\w]+(?:\.[\w]+)+)", str(error))
-        if asked and "not an allowed" in str(error):
+        asked = re.search(r"(?:GLOBAL|class|call) `?(\w+(?:\.\w+)*)", str(error))
+        if asked and re.search("not an allowed|is blocked", str(error)):
             raise ValueError(
                 f"{file} asks for `{asked.group(1)}`, which is not known to be harmless, so it is not read; load it "
                 "where it was written, and save a dictionary of its `args` and `model` alone."
