@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 def check_size(name: str, value: object, *, minimum: int = 1) -> int:
     """Returns `value` if it is a whole number of at least `minimum`."""
+    if isinstance(value, Tensor):
+        raise TypeError(f"`{name}` must be an int, but is a tensor of shape {tuple(value.shape)}.")
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an int, but is {value!r} ({type(value).__name__}).")
     if value < minimum:
@@ -308,8 +310,21 @@ def check_table(length: int, max_positions: int) -> None:
 def check_module(name: str, module: object, like: str) -> None:
     """Raises unless `module` is a module; `like` says what is meant."""
     if not isinstance(module, nn.Module):
-        found = f"the class {module.__name__}" if isinstance(module, type) else f"a {type(module).__name__}"
-        raise TypeError(f"`{name}` must be {like}, or a module called like one, but is {found}.")
+        raise TypeError(f"`{name}` must be {like}, or a module called like one, but is {_kind(module)}.")
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def check_width(name: str, module: object, embed_dim: int) -> None:
+    """Raises if a part says that it is made for another width than the layer's."""
+    width = getattr(module, "embed_dim", embed_dim)
+    if width != embed_dim:
+        raise ValueError(
+            f"`{name}` must have the width of the layer, {embed_dim}, but is a {type(module).__name__} "
+            f"of width {width}."
+        )
 
 
 def check_streaming_part(name: str, module: object, like: str) -> None:
@@ -332,7 +347,7 @@ def check_modules(name: str, modules: object) -> list[nn.Module]:
     listed = list(modules)
     for index, module in enumerate(listed):
         if not isinstance(module, nn.Module):
-            raise TypeError(f"`{name}[{index}]` must be a torch.nn.Module, but is {type(module).__name__}.")
+            raise TypeError(f"`{name}[{index}]` must be a torch.nn.Module, but is {_kind(module)}.")
     if not listed:
         raise ValueError(f"`{name}` must hold at least one layer, but is empty.")
     return listed

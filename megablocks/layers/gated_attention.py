@@ -19,6 +19,7 @@ from megablocks._checks import (
     check_state,
     check_state_shape,
     check_table,
+    check_width,
     values_readable,
 )
 from megablocks.functional.activation import activation_function, rescaled, silu_gate, update_gate
@@ -142,6 +143,7 @@ class MovingAverageGatedAttention(nn.Module):
             if isinstance(ema, nn.Module)
             else MultiDimensionDampedEMA(embed_dim, check_size("ema", ema), causal=causal, device=device, dtype=dtype)
         )
+        check_width("ema", self.ema, embed_dim)
         self.position_bias = bias_module(position_bias, qk_dim, **made_as)
         self.norm = sequence_norm(embed_dim, norm, device=device, dtype=dtype)
         if causal:
@@ -278,8 +280,8 @@ class MovingAverageGatedAttention(nn.Module):
                 f"`state` was made under chunk_size={made_under}, but the layer now has chunk_size={chunk_size}; "
                 "a stream keeps the chunk size it began with."
             )
-        check_state_shape("state.keys.keys", keys.keys[:, :1], (min(1, keys.keys.shape[1]), self.qk_dim))
-        check_state_shape("state.keys.values", keys.values[:, :1], (min(1, keys.keys.shape[1]), self.value_dim))
+        check_state_shape("state.keys.keys", keys.keys, (keys.keys.shape[1], self.qk_dim))
+        check_state_shape("state.keys.values", keys.values, (keys.keys.shape[1], self.value_dim))
         check_batch("state", keys.keys.shape[0], batch)
 
     def _span(self, length: int, chunk_size: int | None, state: AttentionState | None) -> int:

@@ -19,6 +19,7 @@ from megablocks.layers import (
     SequenceNorm,
     SimpleRelativeBias,
 )
+from megablocks.stacks import MegaEncoder
 
 X = torch.randn(2, 5, 8)
 MEMORY = torch.randn(2, 4, 8)
@@ -407,3 +408,32 @@ def test_a_causal_layer_refuses_batch_statistics(norm, name):
     )
     with raises(ValueError, text):
         MovingAverageGatedAttention(8, 4, norm=norm)
+
+
+# Mistakes that newcomers make
+
+
+def test_a_tensor_for_a_batch_size():
+    with raises(TypeError, "`batch_size` must be an int, but is a tensor of shape (2, 5, 8)."):
+        MovingAverageGatedAttention(8, 4).init_state(X)
+
+
+def test_an_average_of_another_width():
+    text = "`ema` must have the width of the layer, 8, but is a MultiDimensionDampedEMA of width 4."
+    with raises(ValueError, text):
+        MovingAverageGatedAttention(8, 4, ema=MultiDimensionDampedEMA(4))
+
+
+def test_a_state_of_other_queries():
+    state = MovingAverageGatedAttention(8, 2, chunk_size=6).init_state(2)
+    text = (
+        "`state.keys.keys` must have shape ('batch', 6, 4), but has shape (2, 6, 2); "
+        "the state was made by another layer."
+    )
+    with raises(ValueError, text):
+        MovingAverageGatedAttention(8, 4, chunk_size=6)(X, state=state)
+
+
+def test_a_class_in_a_list_of_layers():
+    with raises(TypeError, "`layers[0]` must be a torch.nn.Module, but is the class MovingAverageGatedAttention."):
+        MegaEncoder([MovingAverageGatedAttention])

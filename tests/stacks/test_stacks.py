@@ -171,7 +171,7 @@ def bidirectional():
     ("make", "message"),
     [
         (lambda: MegaEncoder([]), r"^`layers` must hold at least one layer, but is empty\.$"),
-        (lambda: MegaEncoder(["layer"]), r"^`layers\[0\]` must be a torch\.nn\.Module, but is str\.$"),
+        (lambda: MegaEncoder(["layer"]), r"^`layers\[0\]` must be a torch\.nn\.Module, but is a str\.$"),
         (lambda: mega_encoder(0, 8, qk_dim=4), r"^`num_layers` must be at least 1, but is 0\.$"),
         (lambda: mega_encoder(1, 8, qk_dim=4, layer_drop=1.0), r"^`layer_drop` must be in \[0, 1\), but is 1\.0\.$"),
         (
