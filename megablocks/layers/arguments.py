@@ -43,7 +43,16 @@ def remembers_arguments(cls: type[ModuleT]) -> type[ModuleT]:
 
     Where an attribute has the name of an argument, the constructor must take what the attribute holds, module or plain
     data, as that argument: so is written down what is there, after any surgery.
+
+    Raises:
+        ValueError: If megablocks has another class of this name.
     """
+    known = REMEMBERING.get(cls.__name__)
+    if known is not None and known.__module__.startswith("megablocks.") and known.__module__ != cls.__module__:
+        raise ValueError(
+            f"A class called {cls.__name__} cannot remember its arguments, because `save` and `load` know classes by "
+            "name, and megablocks has one of this name; call it otherwise."
+        )
     original = cls.__init__
     signature = inspect.signature(original)
     first = next(iter(signature.parameters))

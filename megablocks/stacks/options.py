@@ -85,7 +85,8 @@ class Parts:
         hidden_dropout: float = 0.0,
         feature_dropout: bool = False,
     ) -> None:
-        for name, value in {"norm": norm, "activation": activation, "attention": attention}.items():
+        function = attention.weights if isinstance(attention, AttentionFunction) else attention
+        for name, value in {"norm": norm, "activation": activation, "attention": function}.items():
             if isinstance(value, nn.Module):
                 raise TypeError(
                     f"`{name}` must be a name or a function here, because all layers would share one module, but is a "

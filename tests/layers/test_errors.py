@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from megablocks.functional import AttentionFunction
 from megablocks.layers import (
     GatedCrossAttention,
     MovingAverageGatedAttention,
@@ -19,7 +20,8 @@ from megablocks.layers import (
     SequenceNorm,
     SimpleRelativeBias,
 )
-from megablocks.stacks import MegaEncoder
+from megablocks.layers.arguments import remembers_arguments
+from megablocks.stacks import MegaEncoder, mega_encoder
 
 X = torch.randn(2, 5, 8)
 MEMORY = torch.randn(2, 4, 8)
@@ -437,3 +439,21 @@ def test_a_state_of_other_queries():
 def test_a_class_in_a_list_of_layers():
     with raises(TypeError, "`layers[0]` must be a torch.nn.Module, but is the class MovingAverageGatedAttention."):
         MegaEncoder([MovingAverageGatedAttention])
+
+
+def test_a_class_of_a_name_that_is_taken():
+    text = (
+        "A class called RMSNorm cannot remember its arguments, because `save` and `load` know classes by name, and "
+        "megablocks has one of this name; call it otherwise."
+    )
+    with raises(ValueError, text):
+        remembers_arguments(type("RMSNorm", (torch.nn.Module,), {}))
+
+
+def test_a_module_inside_an_attention_function_that_all_layers_would_share():
+    text = (
+        "`attention` must be a name or a function here, because all layers would share one module, but is a Softmax; "
+        "make the layers yourself, each with a module of its own."
+    )
+    with raises(TypeError, text):
+        mega_encoder(2, 8, qk_dim=4, attention=AttentionFunction(torch.nn.Softmax(-1), divide_by_keys=False))
