@@ -27,7 +27,7 @@ def test_it_is_the_product():
 
 @first_jvp
 def test_derivatives_are_those_of_the_product():
-    torch.autograd.gradcheck(silu_gate, pair(), check_forward_ad=True)
+    torch.autograd.gradcheck(silu_gate, pair(), check_forward_ad=True, check_batched_grad=True)
     torch.autograd.gradgradcheck(silu_gate, pair())
 
 
