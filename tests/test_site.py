@@ -122,6 +122,7 @@ def test_search_finds_a_class_and_code_copies(site, browser):
     assert copied.startswith("import torch\nfrom megablocks import MovingAverageGatedAttention")
 
     for name, where in (("MultiDimensionDampedEMA", "api/layers.html"), ("MegaForCausalLM", "api/huggingface.html")):
+        page.goto((site / "index.html").as_uri())  # anew: a search is begun by keys, which `fill` does not press
         page.fill("input.md-search__input", name)
         page.wait_for_selector(f".md-search-result__link[href*='{where}']", state="attached", timeout=60_000)
     context.close()
