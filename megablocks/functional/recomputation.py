@@ -20,7 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megablocks.functional.activation import gelu_tanh, rescaled, silu_gate
 from megablocks.functional.transforms import plain_only
 
-CHEAP = frozenset({F.silu, F.gelu, gelu_tanh, silu_gate, rescaled})
+CHEAP = (F.silu, F.gelu, gelu_tanh, silu_gate, rescaled)
 """Deterministic functions whose derivatives need their inputs, not their results."""
 
 
@@ -96,8 +96,9 @@ class Recomputation:
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Returns `function(*inputs)`."""
         result = function(*inputs)
-        if self._hooks is not None and function in CHEAP and type(result) is Tensor and result.storage_offset() == 0:
-            kept = tuple(self._keep(part.detach()) for part in inputs)
+        cheap = self._hooks is not None and any(function is known for known in CHEAP)
+        if cheap and type(result) is Tensor and result.storage_offset() == 0:
+            kept = tuple(self._keep(part) for part in inputs)
             self._recipes[_address(result)] = _Recipe(weakref.ref(result), result._version, function, kept)
         return result
 
@@ -106,7 +107,8 @@ class Recomputation:
         # Memory that was given back may hold something else by now.
         if recipe is not None and recipe.result() is not None and tensor._version == recipe.version:
             return _Again(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
-        return _Kept(tensor, tensor._version)
+        # Detached: what an operation keeps of its own result would hold its graph, which holds what is kept.
+        return _Kept(tensor.detach(), tensor._version)
 
 
 def _unkept(kept: _Kept | _Again) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,3 +179,24 @@ def test_nothing_is_noted_where_no_graph_is_made():
     with torch.no_grad(), Recomputation(x) as again:
         assert again(silu_gate, x, x).equal(x * F.silu(x))
         assert not again._recipes
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_graph_that_nobody_goes_back_through_is_given_back(kind):
+    layer, x = LAYERS[kind](), torch.randn(1, 20, 16, requires_grad=True)
+    held = weakref.ref(x)
+    y = layer(x)
+    del x, y
+    assert held() is None
+
+
+def test_an_activation_that_has_no_hash():
+    class Scaled:
+        __hash__ = None
+
+        def __call__(self, x):
+            return 2 * F.silu(x)
+
+    layer, x = NormalizedFFN(16, 32, activation=Scaled()), torch.randn(1, 5, 16)
+    layer(x).sum().backward()
+    assert layer.fc1.weight.grad.isfinite().all()
