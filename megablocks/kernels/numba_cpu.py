@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from megablocks.kernels.numba_host import Array, Direction, directions, reserve, share_out, untiled
-from megablocks.kernels.numba_tiles import STEPS, TILE, backward_task, forward_task
+from megablocks.kernels.numba_tiles import STEPS, backward_task, forward_task
+from megablocks.kernels.numba_vectors import TILE
 from megablocks.kernels.numba_windows import (
     far_lags,
     far_room,
@@ -58,7 +59,6 @@ def backward(
     batch, _, width = x.shape
     dx = reserve(x, zeros=lengths is not None)
     begin, adjoint = _states(hidden, x, b), _states(dfinal, x, b)
-    averages = b.shape[1]
     domega = np.empty(0)
     grads = []
     for way in directions(log_q, b, g, omega, width):
@@ -68,9 +68,7 @@ def backward(
         arguments = (*way.tables, x.numpy(), start, dy.numpy(), end, dx, *sums, dinside)
         share_out(backward_task, *_size(x, b), way.flip, _counts(x, lengths), *arguments)
         through_inside = way.through_weights(_INSIDE, _lags(dinside.sum(0)))
-        grads.append(
-            [part.sum(0).T + untiled(more, width, averages) for part, more in zip(sums, through_inside, strict=True)]
-        )
+        grads.append([part.sum(0).T + untiled(more, width) for part, more in zip(sums, through_inside, strict=True)])
         if not way.flip:
             domega = _of_skip(dinside, width)
     dlog_q, db, dg = (torch.from_numpy(np.concatenate(parts)) for parts in zip(*grads, strict=True))
@@ -121,7 +119,7 @@ def truncated_backward(
         through_far = way.through_weights(lags, _lags(dfar.sum(0))[:, : len(lags)])
         grads.append(
             [
-                part + untiled(near + far, width, averages)
+                part + untiled(near + far, width)
                 for part, near, far in zip(through_states, through_inside, through_far, strict=True)
             ]
         )

@@ -13,8 +13,9 @@ import logging
 import math
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
@@ -32,9 +33,9 @@ from megablocks.kernels.numba_tiles import (
     PROJECTION,
     RECORD,
     STEPS,
-    TILE,
     Compiled,
 )
+from megablocks.kernels.numba_vectors import TILE
 
 Array = npt.NDArray[Any]
 
@@ -44,20 +45,22 @@ SMALL = 1 << 18
 PATIENCE = 1.0
 """Seconds of compilation after which the first call says what it is doing."""
 
+_LINE = 16
+"""Numbers that fill a line of the cache, or two."""
+
+_NORMAL = np.finfo(np.float32).tiny
+
 _LOGGER = logging.getLogger("megablocks")
 _compiled: set[tuple[Compiled, np.dtype[Any]]] = set()
 
 
 class Direction(NamedTuple):
-    """Coefficients of one direction of time, as the compiled functions read them.
-
-    N' is N or N + 1, an even number; what is beyond N or D is zero.
-    """
+    """Coefficients of one direction of time, as the compiled functions read them; what is beyond D is zero."""
 
     log_q: Array
-    """(tiles, N', TILE)."""
+    """(tiles, N, TILE)."""
     records: Array
-    """(tiles, N', rows of a record, TILE), states, adjoints and gradients zero."""
+    """(tiles, N, rows of a record, TILE), states, adjoints and gradients zero."""
     inside: Array
     """(tiles, S, TILE): weights of a block's inputs in its own outputs, the skip connection at lag 0 included."""
     flip: bool
@@ -106,20 +109,22 @@ def directions(log_q: Tensor, b: Tensor, g: Tensor, omega: Tensor | None, width:
 
 
 def _tiled(part: Array) -> Array:
-    """(D, N) as (tiles, N', TILE), filled up with zeros."""
-    filled = np.pad(part, ((0, -part.shape[0] % TILE), (0, part.shape[1] % 2)))
+    """(D, N) as (tiles, N, TILE), filled up with zeros."""
+    filled = np.pad(part, ((0, -part.shape[0] % TILE), (0, 0)))
     return np.ascontiguousarray(rearrange(filled, "(i c) n -> i n c", c=TILE))
 
 
-def untiled(tiled: Array, width: int, averages: int) -> Array:
-    """(tiles, N', TILE) as (D, N)."""
-    return rearrange(tiled, "i n c -> (i c) n")[:width, :averages]
+def untiled(tiled: Array, width: int) -> Array:
+    """(tiles, N, TILE) as (D, N)."""
+    return rearrange(tiled, "i n c -> (i c) n")[:width]
 
 
 def reserve(x: Tensor, zeros: bool) -> Array:
     """Memory for outputs, zeros or anything. NumPy asks for large pages, which are there much sooner."""
     make = np.zeros if zeros else np.empty
-    return make(tuple(x.shape), x.numpy().dtype)
+    spare = make(x.numel() + _LINE, x.numpy().dtype)
+    first = -(spare.ctypes.data // spare.itemsize) % _LINE  # where a line of the cache begins
+    return spare[first : first + x.numel()].reshape(x.shape)
 
 
 def share_out(task: Compiled, batch: int, tiles: int, size: int, *arguments: Any) -> None:
@@ -133,22 +138,35 @@ def share_out(task: Compiled, batch: int, tiles: int, size: int, *arguments: Any
     borders = [tiles * part // parts for part in range(parts + 1)]
     calls = [(row, first, last) for row in range(batch) for first, last in itertools.pairwise(borders)]
     if threads == 1 or size < SMALL:
-        for call in calls:
-            task(*call, *arguments)
+        with _flushing():
+            for call in calls:
+                task(*call, *arguments)
         return
     remaining = iter(calls)
     errors: list[BaseException] = []
 
     def work() -> None:
         try:
-            for call in remaining:
-                task(*call, *arguments)
+            with _flushing():
+                for call in remaining:
+                    task(*call, *arguments)
         except BaseException as error:
             errors.append(error)
 
     _in_parallel(threads, work)
     if errors:
         raise errors[0]
+
+
+@contextmanager
+def _flushing() -> Iterator[None]:
+    """Lets this thread take zero for numbers below the normal ones: what decays gets there, and it takes ages."""
+    before = _NORMAL / 2 == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(bool(before))
 
 
 def _compile_for(task: Compiled, arguments: tuple[Any, ...]) -> None:

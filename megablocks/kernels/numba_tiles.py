@@ -7,10 +7,10 @@ Time runs in blocks of S steps. With the powers q^0 to q^S at hand a block of on
 and what its inputs say to its own outputs, S numbers k[j] = sum_n g b q^j per channel. So a step costs two products
 per average instead of four operations that wait for each other.
 
-A tile's coefficients and states stay in the nearest cache for a chunk of steps; then the next tile does the same
+A tile is a vector of channels (see `numba_vectors`). Each average in turn takes its powers and its state into registers
+and goes through a chunk of steps, whose inputs and outputs stay in the nearest cache; then the next tile does the same
 steps. Tensors are read and written a chunk of all tiles at a time, step after step, because memory is fastest in the
-order in which it lies. The innermost loops run over the channels of a tile, side by side in memory: those become vector
-instructions.
+order in which it lies.
 """
 
 from __future__ import annotations
@@ -21,16 +21,30 @@ from typing import Any, NamedTuple
 import numba
 import numpy as np
 
-TILE = 32
-"""Channels that are worked on together."""
+from megablocks.kernels.numba_vectors import (
+    TILE,
+    add_powers,
+    convolve,
+    convolve_back,
+    correlate,
+    filled,
+    flipped,
+    load,
+    load_rows,
+    power_sum,
+    power_sum_and_slope,
+    store,
+    store_rows,
+    zeros,
+)
 
 STEPS = 8
 """S, steps of a block; what is left at the end of a row is done step by step."""
 
-CHUNK = 32
+CHUNK = 64
 """Steps that one tile does before the next takes its turn."""
 
-# Rows of TILE numbers that stand together for each average, so that a compiler sees one piece of memory.
+# Rows that stand together for each average, so that a compiler sees one piece of memory.
 STATE, EXPANSION, PROJECTION, FORGET_STEP, FORGET_BLOCK, POWERS = range(6)
 ADJOINT, GRAD_LOG_Q, GRAD_EXPANSION, GRAD_PROJECTION = range(POWERS + STEPS + 1, POWERS + STEPS + 5)
 RECORD = (GRAD_PROJECTION + 1) * TILE
@@ -51,7 +65,7 @@ def _compile(function: Compiled) -> Compiled:
     return compiled
 
 
-class _Block(NamedTuple):
+class _Blocks(NamedTuple):
     inside: Compiled
     forward: Compiled
     advance: Compiled
@@ -59,110 +73,108 @@ class _Block(NamedTuple):
     backward: Compiled
 
 
-def _block(steps: int) -> _Block:
-    """Functions for a block of `steps` steps, 1 or S. The averages go in pairs, to read and write steps half as often.
+def _blocks(steps: int) -> _Blocks:
+    """Functions for `count` blocks of `steps` steps, 1 or S, which stand in `chunk` from `start` on.
 
-    `averages` holds records, `block` rows of steps, `k` and `dk` the weights inside a block and their gradients.
+    `averages` holds records, `k` and `dk` the weights inside a block and their gradients.
     """
     forget = FORGET_BLOCK if steps == STEPS else FORGET_STEP
-    last = POWERS + steps - 1
-    out, grad = OUTPUT * steps * TILE, GRAD_INPUT * steps * TILE
+    powers_and_one = steps + 1
+    out, grad, size = OUTPUT * steps * TILE, GRAD_INPUT * steps * TILE, 3 * steps * TILE
 
-    def inside(k: Any, block: Any) -> None:
-        for c in range(TILE):
-            for s in range(steps):
-                total = k[c] * block[s * TILE + c]
-                for r in range(s):
-                    total += k[(s - r) * TILE + c] * block[r * TILE + c]
-                block[out + s * TILE + c] = total
+    def inside(k: Any, chunk: Any, start: int, count: int) -> None:
+        weights = load_rows(k, 0, steps)
+        for at in range(start, start + count * size, size):
+            x = load_rows(chunk, at, steps)
+            store_rows(chunk, at + out, convolve(zeros(x), weights, x, 0))
 
-    def forward(averages: Any, block: Any) -> None:
-        for start in range(0, averages.size, 2 * RECORD):
-            pair = averages[start : start + 2 * RECORD]
-            for c in range(TILE):
-                h1, h2 = pair[STATE * TILE + c], pair[RECORD + STATE * TILE + c]
-                lead1 = h1 * pair[PROJECTION * TILE + c]
-                lead2 = h2 * pair[RECORD + PROJECTION * TILE + c]
-                sum1 = pair[last * TILE + c] * block[c]
-                sum2 = pair[RECORD + last * TILE + c] * block[c]
-                for s in range(steps):
-                    power = (POWERS + s + 1) * TILE + c
-                    total = block[out + s * TILE + c] + pair[power] * lead1
-                    block[out + s * TILE + c] = total + pair[RECORD + power] * lead2
-                for s in range(1, steps):
-                    power = (last - s) * TILE + c
-                    sum1 += pair[power] * block[s * TILE + c]
-                    sum2 += pair[RECORD + power] * block[s * TILE + c]
+    def forward(averages: Any, chunk: Any, start: int, count: int) -> None:
+        for record in range(0, averages.size, RECORD):
+            powers = load_rows(averages, record + POWERS * TILE, powers_and_one)
+            b, g = load(averages, record + EXPANSION * TILE), load(averages, record + PROJECTION * TILE)
+            f, h = load(averages, record + forget * TILE), load(averages, record + STATE * TILE)
+            for at in range(start, start + count * size, size):
+                y = load_rows(chunk, at + out, steps)
+                store_rows(chunk, at + out, add_powers(y, powers, g * h, 1))
+                x = load_rows(chunk, at, steps)
                 # h - f h rather than q^S h: rounding what is kept would bend slow decays.
-                h1 = h1 - pair[forget * TILE + c] * h1
-                h2 = h2 - pair[RECORD + forget * TILE + c] * h2
-                pair[STATE * TILE + c] = h1 + pair[EXPANSION * TILE + c] * sum1
-                pair[RECORD + STATE * TILE + c] = h2 + pair[RECORD + EXPANSION * TILE + c] * sum2
+                h = (h - f * h) + b * power_sum(powers, flipped(x), 0)
+            store(averages, record + STATE * TILE, h)
 
-    def advance(averages: Any, block: Any, before: Any) -> None:
-        """Moves the states on and writes down what they were."""
-        for start in range(0, averages.size, RECORD):
-            record = averages[start : start + RECORD]
-            kept = before[start // RECORD * TILE : (start // RECORD + 1) * TILE]
-            for c in range(TILE):
-                h = record[STATE * TILE + c]
-                kept[c] = h
-                total = record[last * TILE + c] * block[c]
-                for s in range(1, steps):
-                    total += record[(last - s) * TILE + c] * block[s * TILE + c]
-                h = h - record[forget * TILE + c] * h
-                record[STATE * TILE + c] = h + record[EXPANSION * TILE + c] * total
+    def advance(averages: Any, chunk: Any, start: int, count: int) -> None:
+        """Moves the states on and does nothing else."""
+        for record in range(0, averages.size, RECORD):
+            powers = load_rows(averages, record + POWERS * TILE, powers_and_one)
+            b, f = load(averages, record + EXPANSION * TILE), load(averages, record + forget * TILE)
+            h = load(averages, record + STATE * TILE)
+            for at in range(start, start + count * size, size):
+                x = load_rows(chunk, at, steps)
+                h = (h - f * h) + b * power_sum(powers, flipped(x), 0)
+            store(averages, record + STATE * TILE, h)
 
-    def inside_back(k: Any, dk: Any, block: Any) -> None:
-        for c in range(TILE):
-            for s in range(steps):
-                total = k[c] * block[out + s * TILE + c]
-                for r in range(s + 1, steps):
-                    total += k[(r - s) * TILE + c] * block[out + r * TILE + c]
-                block[grad + s * TILE + c] = total
-            for j in range(steps):
-                total = dk[j * TILE + c]
-                for s in range(j, steps):
-                    total += block[out + s * TILE + c] * block[(s - j) * TILE + c]
-                dk[j * TILE + c] = total
+    def inside_back(k: Any, dk: Any, chunk: Any, start: int, count: int) -> None:
+        weights, gradients = load_rows(k, 0, steps), load_rows(dk, 0, steps)
+        for at in range(start, start + count * size, size):
+            x, dy = load_rows(chunk, at, steps), load_rows(chunk, at + out, steps)
+            store_rows(chunk, at + grad, convolve_back(zeros(x), weights, dy, 0))
+            gradients = correlate(gradients, dy, x, 0)
+        store_rows(dk, 0, gradients)
 
-    def backward(averages: Any, block: Any, before: Any) -> None:
-        for start in range(0, averages.size, RECORD):
-            record = averages[start : start + RECORD]
-            kept = before[start // RECORD * TILE : (start // RECORD + 1) * TILE]
-            for c in range(TILE):
-                h, a = kept[c], record[ADJOINT * TILE + c]
-                b, g = record[EXPANSION * TILE + c], record[PROJECTION * TILE + c]
-                # Sums of powers times steps, and of sums: the second weigh each power with its exponent.
-                left = record[(POWERS + steps) * TILE + c] * block[out + (steps - 1) * TILE + c]
-                left_slope = left
-                for i in range(1, steps):
-                    s = steps - 1 - i
-                    left += record[(POWERS + s + 1) * TILE + c] * block[out + s * TILE + c]
-                    left_slope += left
-                entered = record[last * TILE + c] * block[c]
-                entered_slope = entered - entered
-                ab = a * b
-                block[grad + c] += record[last * TILE + c] * ab
-                for s in range(1, steps):
-                    power = record[(last - s) * TILE + c]
-                    entered_slope += entered
-                    entered += power * block[s * TILE + c]
-                    block[grad + s * TILE + c] += power * ab
-                ah = a * h
-                record[GRAD_PROJECTION * TILE + c] += h * left
-                record[GRAD_EXPANSION * TILE + c] += a * entered
-                record[GRAD_LOG_Q * TILE + c] += (
-                    g * h * left_slope + ab * entered_slope + steps * record[(POWERS + steps) * TILE + c] * ah
-                )
-                a = a - record[forget * TILE + c] * a
-                record[ADJOINT * TILE + c] = a + g * left
+    def backward(averages: Any, chunk: Any, start: int, count: int, before: Any) -> None:
+        """Goes through the blocks once forwards, for the states `before` each, and once back; states stay."""
+        for record in range(0, averages.size, RECORD):
+            powers = load_rows(averages, record + POWERS * TILE, powers_and_one)
+            b, g = load(averages, record + EXPANSION * TILE), load(averages, record + PROJECTION * TILE)
+            f, h = load(averages, record + forget * TILE), load(averages, record + STATE * TILE)
+            for i in range(count):
+                store(before, i * TILE, h)
+                x = load_rows(chunk, start + i * size, steps)
+                h = (h - f * h) + b * power_sum(powers, flipped(x), 0)
 
-    return _Block(*(_compile(function) for function in (inside, forward, advance, inside_back, backward)))
+            a = load(averages, record + ADJOINT * TILE)
+            dlog_q = load(averages, record + GRAD_LOG_Q * TILE)
+            db = load(averages, record + GRAD_EXPANSION * TILE)
+            dg = load(averages, record + GRAD_PROJECTION * TILE)
+            slope = filled(averages, steps) * load(averages, record + (POWERS + steps) * TILE)
+            for i in range(count - 1, -1, -1):
+                at = start + i * size
+                h = load(before, i * TILE)
+                left, left_slope = power_sum_and_slope(powers, load_rows(chunk, at + out, steps), 1)
+                x = load_rows(chunk, at, steps)
+                entered, entered_slope = power_sum_and_slope(powers, flipped(x), 0)
+                dx = flipped(load_rows(chunk, at + grad, steps))
+                store_rows(chunk, at + grad, flipped(add_powers(dx, powers, a * b, 0)))
+                dg += h * left
+                db += a * entered
+                dlog_q += g * h * left_slope + a * (b * entered_slope + slope * h)
+                a = (a - f * a) + g * left
+            store(averages, record + ADJOINT * TILE, a)
+            store(averages, record + GRAD_LOG_Q * TILE, dlog_q)
+            store(averages, record + GRAD_EXPANSION * TILE, db)
+            store(averages, record + GRAD_PROJECTION * TILE, dg)
+
+    return _Blocks(*(_compile(function) for function in (inside, forward, advance, inside_back, backward)))
 
 
-_inside, _forward, _advance, _inside_back, _backward = _block(STEPS)
-_inside_step, _forward_step, _advance_step, _inside_back_step, _backward_step = _block(1)
+_inside, _forward, _advance, _inside_back, _backward = _blocks(STEPS)
+_inside_step, _forward_step, _advance_step, _inside_back_step, _backward_step = _blocks(1)
+
+
+@_compile
+def _room(size: int, like: Any) -> Any:
+    """Zeros that begin where a line of the cache does: a vector across two lines takes twice as long."""
+    spare = np.zeros(size + TILE, like.dtype)
+    first = -(spare.ctypes.data // spare.itemsize) % TILE
+    return spare[first : first + size]
+
+
+@_compile
+def _records(table: Any, first: int, last: int) -> Any:
+    """A copy of the records of tiles `first` to `last`."""
+    count, size = last - first, table.shape[1]
+    records = _room(count * size, table).reshape((count, size))
+    records[:] = table[first:last]
+    return records
 
 
 @_compile
@@ -173,25 +185,32 @@ def _copy_steps(
 
     Flipped, steps count from the row's end, and what comes out is added to what stands there.
     """
+    width, room = tensor.shape[2], chunks.shape[1]
+    numbers, places = tensor.reshape(tensor.size), chunks.reshape(chunks.size)
+    whole = min(chunks.shape[0], width // TILE - first)
     full = (end - begin) // STEPS * STEPS
     for step in range(begin, end):
         i = step - begin
         size = STEPS if i < full else 1
-        start = (i // size * size * 3 + what * size + i % size) * TILE
-        at = count - 1 - step if flip else step
-        for tile in range(chunks.shape[0]):
-            channel = (first + tile) * TILE
-            width = min(TILE, tensor.shape[2] - channel)
-            # Numbers one by one, not slices: those are objects, counted in and out.
+        place = (i // size * size * 3 + what * size + i % size) * TILE
+        at = (row * tensor.shape[1] + (count - 1 - step if flip else step)) * width + first * TILE
+        for _ in range(whole):
             if not out:
-                for c in range(width):
-                    chunks[tile, start + c] = tensor[row, at, channel + c]
+                store(places, place, load(numbers, at))
             elif flip:
-                for c in range(width):
-                    tensor[row, at, channel + c] += chunks[tile, start + c]
+                store(numbers, at, load(numbers, at) + load(places, place))
             else:
-                for c in range(width):
-                    tensor[row, at, channel + c] = chunks[tile, start + c]
+                store(numbers, at, load(places, place))
+            at += TILE
+            place += room
+        if whole < chunks.shape[0]:  # the last tile of all, and not full
+            for c in range(width % TILE):
+                if not out:
+                    places[place + c] = numbers[at + c]
+                elif flip:
+                    numbers[at + c] += places[place + c]
+                else:
+                    numbers[at + c] = places[place + c]
 
 
 @_compile
@@ -210,15 +229,12 @@ def _copy_row(records: Any, what: int, numbers: Any, first: int, out: bool) -> N
 
 @_compile
 def _copy_states(averages: Any, marks: Any, out: bool) -> None:
-    """Copies states (N' TILE) into the records of a tile, or `out` of them."""
-    for start in range(0, averages.size, RECORD):
-        held = averages[start + STATE * TILE : start + (STATE + 1) * TILE]
-        marked = marks[start // RECORD * TILE : (start // RECORD + 1) * TILE]
-        for c in range(TILE):
-            if out:
-                marked[c] = held[c]
-            else:
-                held[c] = marked[c]
+    """Copies states (N TILE) into the records of a tile, or `out` of them."""
+    for n in range(averages.size // RECORD):
+        if out:
+            store(marks, n * TILE, load(averages, n * RECORD + STATE * TILE))
+        else:
+            store(averages, n * RECORD + STATE * TILE, load(marks, n * TILE))
 
 
 @_compile
@@ -227,27 +243,25 @@ def forward_task(
 ) -> None:
     """Computes outputs of tiles `first` to `last` of a row of so many steps, and moves its states on.
 
-    `table` (tiles, N' RECORD) holds the records, `k` (tiles, S TILE) the weights inside blocks, `x` and `y` are
+    `table` (tiles, N RECORD) holds the records, `k` (tiles, S TILE) the weights inside blocks, `x` and `y` are
     (B, L, D), `states` is (B, N, D). Flipped, time runs backwards, and outputs are added to `y`.
     """
     count = counts[row]
-    records = table[first:last].copy()
+    records = _records(table, first, last)
     _copy_row(records, STATE, states[row], first, False)
-    chunks = np.zeros((last - first, CHUNK * 3 * TILE), x.dtype)
+    chunks = _room((last - first) * CHUNK * 3 * TILE, x).reshape((last - first, CHUNK * 3 * TILE))
     for begin in range(0, count, CHUNK):
         end = min(begin + CHUNK, count)
-        full = (end - begin) // STEPS
+        full, rest = divmod(end - begin, STEPS)
+        steps = full * 3 * STEPS * TILE
         _copy_steps(x, row, begin, end, count, first, flip, chunks, INPUT, False)
-        for tile in range(first, last):
-            averages, weights, chunk = records[tile - first], k[tile], chunks[tile - first]
-            for i in range(full):
-                block = chunk[i * 3 * STEPS * TILE : (i + 1) * 3 * STEPS * TILE]
-                _inside(weights, block)
-                _forward(averages, block)
-            for i in range(full * STEPS, end - begin):
-                step = chunk[i * 3 * TILE : (i + 1) * 3 * TILE]
-                _inside_step(weights, step)
-                _forward_step(averages, step)
+        for tile in range(last - first):
+            averages, weights, chunk = records[tile], k[first + tile], chunks[tile]
+            _inside(weights, chunk, 0, full)
+            _forward(averages, chunk, 0, full)
+            if rest:
+                _inside_step(weights, chunk, steps, rest)
+                _forward_step(averages, chunk, steps, rest)
         _copy_steps(y, row, begin, end, count, first, flip, chunks, OUTPUT, True)
     _copy_row(records, STATE, states[row], first, True)
 
@@ -273,46 +287,38 @@ def backward_task(
 ) -> None:
     """Gradients of tiles `first` to `last` of a row; adjoints of its final states become those of the first ones."""
     count = counts[row]
-    records = table[first:last].copy()
+    records = _records(table, first, last)
     _copy_row(records, STATE, states[row], first, False)
     _copy_row(records, ADJOINT, adjoints[row], first, False)
     averages = records.shape[1] // RECORD
     turns = (count + CHUNK - 1) // CHUNK
-    chunks = np.zeros((last - first, CHUNK * 3 * TILE), x.dtype)
-    before = np.empty((CHUNK // STEPS + STEPS, averages * TILE), x.dtype)
-    marks = np.empty((turns, last - first, averages * TILE), x.dtype)
+    chunks = _room((last - first) * CHUNK * 3 * TILE, x).reshape((last - first, CHUNK * 3 * TILE))
+    before = _room(CHUNK // STEPS * TILE, x)
+    marks = _room(turns * (last - first) * averages * TILE, x).reshape((turns, last - first, averages * TILE))
     for j in range(turns):
         begin, end = j * CHUNK, (j + 1) * CHUNK
         if end < count:
             _copy_steps(x, row, begin, end, count, first, flip, chunks, INPUT, False)
-        for tile in range(first, last):
-            record, chunk = records[tile - first], chunks[tile - first]
-            _copy_states(record, marks[j, tile - first], True)
+        for tile in range(last - first):
+            _copy_states(records[tile], marks[j, tile], True)
             if end < count:
-                for i in range(CHUNK // STEPS):
-                    _advance(record, chunk[i * 3 * STEPS * TILE : (i + 1) * 3 * STEPS * TILE], before[i])
+                _advance(records[tile], chunks[tile], 0, CHUNK // STEPS)
     for j in range(turns - 1, -1, -1):
         begin, end = j * CHUNK, min((j + 1) * CHUNK, count)
-        full = (end - begin) // STEPS
-        single = end - begin - full * STEPS
+        full, rest = divmod(end - begin, STEPS)
+        steps = full * 3 * STEPS * TILE
         _copy_steps(x, row, begin, end, count, first, flip, chunks, INPUT, False)
         _copy_steps(dy, row, begin, end, count, first, flip, chunks, OUTPUT, False)
-        for tile in range(first, last):
-            record, weights, gradient, chunk = records[tile - first], k[tile], dk[row, tile], chunks[tile - first]
-            _copy_states(record, marks[j, tile - first], False)
-            steps = chunk[full * 3 * STEPS * TILE :]
-            for i in range(full):
-                _advance(record, chunk[i * 3 * STEPS * TILE : (i + 1) * 3 * STEPS * TILE], before[i])
-            for i in range(single):
-                _advance_step(record, steps[i * 3 * TILE : (i + 1) * 3 * TILE], before[full + i])
-            for i in range(single - 1, -1, -1):
-                block = steps[i * 3 * TILE : (i + 1) * 3 * TILE]
-                _inside_back_step(weights, gradient, block)
-                _backward_step(record, block, before[full + i])
-            for i in range(full - 1, -1, -1):
-                block = chunk[i * 3 * STEPS * TILE : (i + 1) * 3 * STEPS * TILE]
-                _inside_back(weights, gradient, block)
-                _backward(record, block, before[i])
+        for tile in range(last - first):
+            record, weights, gradient, chunk = records[tile], k[first + tile], dk[row, first + tile], chunks[tile]
+            _copy_states(record, marks[j, tile], False)
+            if rest:
+                _advance(record, chunk, 0, full)
+                _inside_back_step(weights, gradient, chunk, steps, rest)
+                _backward_step(record, chunk, steps, rest, before)
+                _copy_states(record, marks[j, tile], False)
+            _inside_back(weights, gradient, chunk, 0, full)
+            _backward(record, chunk, 0, full, before)
         _copy_steps(dx, row, begin, end, count, first, flip, chunks, GRAD_INPUT, True)
     _copy_row(records, ADJOINT, adjoints[row], first, True)
     _copy_row(records, GRAD_LOG_Q, dlog_q[row], first, True)

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from megablocks.kernels.numba_tiles import (
     ADJOINT,
     EXPANSION,
@@ -37,20 +35,41 @@ from megablocks.kernels.numba_tiles import (
     RECORD,
     STATE,
     STEPS,
-    TILE,
     Compiled,
     _compile,
     _copy_row,
-    _inside,
+    _records,
+    _room,
+)
+from megablocks.kernels.numba_vectors import (
+    TILE,
+    add_powers,
+    convolve,
+    correlate,
+    filled,
+    flipped,
+    load,
+    load_rows,
+    power_sum,
+    power_sum_and_slope,
+    store,
+    store_rows,
+    zeros,
 )
 
 # Rows of a record that mean something else here: how much the segment before is still worth, the derivative of a state
 # by log q, and what gradients are made of, sum L U and sum (L' U + L U').
 WEIGHT, SLOPE, PRODUCT, PRODUCT_SLOPE = ADJOINT, GRAD_EXPANSION, GRAD_PROJECTION, GRAD_LOG_Q
 
-_LAST = POWERS + STEPS - 1
 _OUT = OUTPUT * STEPS * TILE
 _BLOCK = 2 * STEPS * TILE
+_POWERS_AND_ONE = STEPS + 1
+
+_EMPTY = 2
+"""Blocks of zeros before the first one, so that far lags find something wherever a window begins."""
+
+_TOGETHER = 8
+"""Blocks that one average goes through before the next takes its turn, to find them in the nearest cache."""
 
 
 def whole_blocks(truncation: int) -> int:
@@ -70,14 +89,18 @@ def far_room(truncation: int) -> int:
 
 @_compile
 def _copy_in(tensor: Any, row: int, channel: int, flip: bool, blocks: Any, what: int) -> None:
-    """Copies a tile of a row into blocks, the first one left out. Flipped, steps count from the row's end."""
+    """Copies a tile of a row into blocks. Flipped, steps count from the row's end."""
     length = tensor.shape[1]
     width = min(TILE, tensor.shape[2] - channel)
+    numbers = tensor.reshape(tensor.size)
     for step in range(length):
-        start = (step // STEPS + 1) * _BLOCK + (what * STEPS + step % STEPS) * TILE
-        at = length - 1 - step if flip else step
-        for c in range(width):
-            blocks[start + c] = tensor[row, at, channel + c]
+        place = (step // STEPS + _EMPTY) * _BLOCK + (what * STEPS + step % STEPS) * TILE
+        at = (row * length + (length - 1 - step if flip else step)) * tensor.shape[2] + channel
+        if width == TILE:
+            store(blocks, place, load(numbers, at))
+        else:
+            for c in range(width):
+                blocks[place + c] = numbers[at + c]
 
 
 @_compile
@@ -85,44 +108,56 @@ def _copy_out(tensor: Any, row: int, channel: int, flip: bool, add: bool, blocks
     """Copies outputs out of blocks, or adds them to what is there."""
     length = tensor.shape[1]
     width = min(TILE, tensor.shape[2] - channel)
+    numbers = tensor.reshape(tensor.size)
     for step in range(length):
-        start = (step // STEPS + 1) * _BLOCK + _OUT + step % STEPS * TILE
-        at = length - 1 - step if flip else step
-        if add:
-            for c in range(width):
-                tensor[row, at, channel + c] += blocks[start + c]
+        place = (step // STEPS + _EMPTY) * _BLOCK + _OUT + step % STEPS * TILE
+        at = (row * length + (length - 1 - step if flip else step)) * tensor.shape[2] + channel
+        if width == TILE:
+            total = load(blocks, place)
+            store(numbers, at, total + load(numbers, at) if add else total)
         else:
             for c in range(width):
-                tensor[row, at, channel + c] = blocks[start + c]
+                numbers[at + c] = blocks[place + c] + (numbers[at + c] if add else 0)
 
 
-def _far(most: int) -> tuple[Compiled, Compiled]:
-    """Functions for up to so many far lags, at least S - 1. `old` are the two blocks that a window is leaving."""
+@_compile
+def _inside(k: Any, blocks: Any, start: int, count: int) -> None:
+    weights = load_rows(k, 0, STEPS)
+    for at in range(start, start + count * _BLOCK, _BLOCK):
+        x = load_rows(blocks, at, STEPS)
+        store_rows(blocks, at + _OUT, convolve(zeros(x), weights, x, 0))
 
-    def forward(taps: Any, old: Any, block: Any) -> None:
-        for c in range(TILE):
-            for s in range(STEPS):
-                total = block[_OUT + s * TILE + c]
-                for m in range(1, most - s + 1):
-                    source = (2 - (m + STEPS - 1) // STEPS) * _BLOCK + -m % STEPS * TILE
-                    total += taps[(s + m - 1) * TILE + c] * old[source + c]
-                block[_OUT + s * TILE + c] = total
 
-    def backward(dtaps: Any, old: Any, block: Any) -> None:
-        """Gradients of outputs stand where outputs would."""
-        for c in range(TILE):
-            for lag in range(STEPS - 1):
-                total = dtaps[lag * TILE + c]
-                for s in range(lag + 1):
-                    total += block[_OUT + s * TILE + c] * old[_BLOCK + (STEPS - 1 - lag + s) * TILE + c]
-                dtaps[lag * TILE + c] = total
-            for lag in range(STEPS - 1, most):
-                total = dtaps[lag * TILE + c]
-                for s in range(STEPS):
-                    m = lag + 1 - s
-                    source = (2 - (m + STEPS - 1) // STEPS) * _BLOCK + -m % STEPS * TILE
-                    total += block[_OUT + s * TILE + c] * old[source + c]
-                dtaps[lag * TILE + c] = total
+@_compile
+def _inside_back(dk: Any, blocks: Any, start: int, count: int) -> None:
+    """Gradients of outputs stand where outputs would, here and below."""
+    gradients = load_rows(dk, 0, STEPS)
+    for at in range(start, start + count * _BLOCK, _BLOCK):
+        gradients = correlate(gradients, load_rows(blocks, at + _OUT, STEPS), load_rows(blocks, at, STEPS), 0)
+    store_rows(dk, 0, gradients)
+
+
+def _far(room: int) -> tuple[Compiled, Compiled]:
+    """Functions for so many far lags. A window leaves two blocks at a time, `before` blocks before its own."""
+    older, newer = 2 * STEPS - 1, STEPS - 1
+
+    def forward(taps: Any, blocks: Any, start: int, count: int, before: int) -> None:
+        weights = load_rows(taps, 0, room)
+        for at in range(start, start + count * _BLOCK, _BLOCK):
+            left = at - before * _BLOCK
+            y = load_rows(blocks, at + _OUT, STEPS)
+            y = convolve(y, weights, load_rows(blocks, left, STEPS), older)
+            y = convolve(y, weights, load_rows(blocks, left + _BLOCK, STEPS), newer)
+            store_rows(blocks, at + _OUT, y)
+
+    def backward(dtaps: Any, blocks: Any, start: int, count: int, before: int) -> None:
+        gradients = load_rows(dtaps, 0, room)
+        for at in range(start, start + count * _BLOCK, _BLOCK):
+            left = at - before * _BLOCK
+            dy = load_rows(blocks, at + _OUT, STEPS)
+            gradients = correlate(gradients, dy, load_rows(blocks, left, STEPS), older)
+            gradients = correlate(gradients, dy, load_rows(blocks, left + _BLOCK, STEPS), newer)
+        store_rows(dtaps, 0, gradients)
 
     return _compile(forward), _compile(backward)
 
@@ -132,121 +167,109 @@ _many, _many_back = _far(2 * STEPS - 2)
 
 
 @_compile
-def _inside_back(dk: Any, block: Any) -> None:
-    for c in range(TILE):
-        for j in range(STEPS):
-            total = dk[j * TILE + c]
-            for s in range(j, STEPS):
-                total += block[_OUT + s * TILE + c] * block[(s - j) * TILE + c]
-            dk[j * TILE + c] = total
+def _restart(averages: Any) -> None:
+    """Begins a segment: nothing is held of it, and the one before is worth all that it held."""
+    for record in range(0, averages.size, RECORD):
+        store(averages, record + STATE * TILE, filled(averages, 0.0))
+        store(averages, record + SLOPE * TILE, filled(averages, 0.0))
+        store(averages, record + WEIGHT * TILE, filled(averages, 1.0))
 
 
 @_compile
-def _forward(averages: Any, block: Any, ends: Any) -> None:
-    """Outputs of a block. `ends` holds sums from a place in the segment before to its end, and then the block's end."""
-    tiny = np.finfo(block.dtype).tiny  # smaller numbers take processors a hundred times as long
-    for start in range(0, averages.size, 2 * RECORD):
-        pair = averages[start : start + 2 * RECORD]
-        held = ends[start // RECORD * TILE : (start // RECORD + 2) * TILE]
-        for c in range(TILE):
-            p1, p2 = pair[STATE * TILE + c], pair[RECORD + STATE * TILE + c]
-            w1, w2 = pair[WEIGHT * TILE + c], pair[RECORD + WEIGHT * TILE + c]
-            lead1 = (p1 + w1 * held[c]) * pair[PROJECTION * TILE + c]
-            lead2 = (p2 + w2 * held[TILE + c]) * pair[RECORD + PROJECTION * TILE + c]
-            sum1 = pair[_LAST * TILE + c] * block[c]
-            sum2 = pair[RECORD + _LAST * TILE + c] * block[c]
-            for s in range(STEPS):
-                power = (POWERS + s + 1) * TILE + c
-                total = block[_OUT + s * TILE + c] + pair[power] * lead1
-                block[_OUT + s * TILE + c] = total + pair[RECORD + power] * lead2
-            for s in range(1, STEPS):
-                power = (_LAST - s) * TILE + c
-                sum1 += pair[power] * block[s * TILE + c]
-                sum2 += pair[RECORD + power] * block[s * TILE + c]
-            f1, f2 = pair[FORGET_BLOCK * TILE + c], pair[RECORD + FORGET_BLOCK * TILE + c]
-            end1, end2 = pair[EXPANSION * TILE + c] * sum1, pair[RECORD + EXPANSION * TILE + c] * sum2
-            held[c], held[TILE + c] = end1, end2
-            p1, p2 = p1 - f1 * p1, p2 - f2 * p2
-            pair[STATE * TILE + c], pair[RECORD + STATE * TILE + c] = p1 + end1, p2 + end2
-            w1, w2 = w1 - f1 * w1, w2 - f2 * w2
-            pair[WEIGHT * TILE + c] = w1 if w1 > tiny else w1 - w1
-            pair[RECORD + WEIGHT * TILE + c] = w2 if w2 > tiny else w2 - w2
+def _one_block_on(averages: Any, record: int) -> Any:
+    """Returns what something is worth a block later."""
+    weight = load(averages, record + WEIGHT * TILE)
+    weight = weight - load(averages, record + FORGET_BLOCK * TILE) * weight
+    store(averages, record + WEIGHT * TILE, weight)
+    return weight
 
 
 @_compile
-def _start(averages: Any) -> None:
-    for start in range(0, averages.size, RECORD):
-        _restart(averages[start : start + RECORD])
+def _forward(averages: Any, blocks: Any, start: int, count: int, ends: Any, first: int) -> None:
+    """Outputs of blocks, of which the first is number `first` of its segment.
+
+    `ends` holds sums from a place in the segment before to its end, and then what the block there ends with.
+    """
+    row = averages.size // RECORD * TILE
+    for record in range(0, averages.size, RECORD):
+        powers = load_rows(averages, record + POWERS * TILE, _POWERS_AND_ONE)
+        b, g = load(averages, record + EXPANSION * TILE), load(averages, record + PROJECTION * TILE)
+        f, weight = load(averages, record + FORGET_BLOCK * TILE), load(averages, record + WEIGHT * TILE)
+        h = load(averages, record + STATE * TILE)
+        at, place = start, first * row + record // RECORD * TILE
+        for _ in range(count):
+            held = h + weight * load(ends, place)
+            y = load_rows(blocks, at + _OUT, STEPS)
+            store_rows(blocks, at + _OUT, add_powers(y, powers, g * held, 1))
+            end = b * power_sum(powers, flipped(load_rows(blocks, at, STEPS)), 0)
+            store(ends, place, end)
+            h = (h - f * h) + end
+            weight = weight - f * weight
+            at += _BLOCK
+            place += row
+        store(averages, record + STATE * TILE, h)
+        store(averages, record + WEIGHT * TILE, weight)
 
 
 @_compile
-def _restart(record: Any) -> None:
-    for c in range(TILE):
-        record[STATE * TILE + c] = record[SLOPE * TILE + c] = 0
-        record[WEIGHT * TILE + c] = 1
+def _sum_up(averages: Any, ends: Any, count: int) -> None:
+    """Puts sums from each place of a segment to its end where the ends of its blocks stand."""
+    row = averages.size // RECORD * TILE
+    _restart(averages)
+    for i in range(count - 2, -1, -1):
+        for record in range(0, averages.size, RECORD):
+            weight = _one_block_on(averages, record)
+            place = i * row + record // RECORD * TILE
+            store(ends, place, load(ends, place + row) + weight * load(ends, place))
 
 
 @_compile
-def _sum_up(averages: Any, ends: Any) -> None:
-    """Adds the end of one more block, going back in time, and leaves the sum in its place."""
-    tiny = np.finfo(ends.dtype).tiny
-    for start in range(0, averages.size, RECORD):
-        record = averages[start : start + RECORD]
-        held = ends[start // RECORD * TILE : (start // RECORD + 1) * TILE]
-        for c in range(TILE):
-            weight = record[WEIGHT * TILE + c]
-            total = record[STATE * TILE + c] + weight * held[c]
-            record[STATE * TILE + c] = total
-            held[c] = total
-            weight -= record[FORGET_BLOCK * TILE + c] * weight
-            record[WEIGHT * TILE + c] = weight if weight > tiny else weight - weight
+def _sum_up_slopes(averages: Any, ends: Any, slopes: Any, count: int) -> None:
+    """The same for derivatives of those sums; done first, while the ends still stand."""
+    row = averages.size // RECORD * TILE
+    _restart(averages)
+    for i in range(count - 2, -1, -1):
+        lag = filled(averages, STEPS * (count - 1 - i))
+        for record in range(0, averages.size, RECORD):
+            weight = _one_block_on(averages, record)
+            place = i * row + record // RECORD * TILE
+            slope = load(slopes, place) + lag * load(ends, place)
+            store(slopes, place, load(slopes, place + row) + weight * slope)
 
 
 @_compile
-def _sum_up_slopes(averages: Any, ends: Any, slopes: Any, lag: int) -> None:
-    """The same for the derivative of that sum; `lag` is how far the block stands from the end of the segment."""
-    for start in range(0, averages.size, RECORD):
-        record = averages[start : start + RECORD]
-        held = ends[start // RECORD * TILE : (start // RECORD + 1) * TILE]
-        slope = slopes[start // RECORD * TILE : (start // RECORD + 1) * TILE]
-        for c in range(TILE):
-            total = record[SLOPE * TILE + c] + record[WEIGHT * TILE + c] * (slope[c] + lag * held[c])
-            record[SLOPE * TILE + c] = total
-            slope[c] = total
-
-
-@_compile
-def _backward(averages: Any, block: Any, ends: Any, slopes: Any, lag: int) -> None:
-    """What a block adds to the products; `lag` is how far it stands from the end of the segment before."""
-    tiny = np.finfo(block.dtype).tiny
-    for start in range(0, averages.size, RECORD):
-        record = averages[start : start + RECORD]
-        held = ends[start // RECORD * TILE : (start // RECORD + 1) * TILE]
-        slope = slopes[start // RECORD * TILE : (start // RECORD + 1) * TILE]
-        for c in range(TILE):
-            # Sums of powers times steps, and of sums: the second weigh each power with its exponent.
-            left = record[(POWERS + STEPS) * TILE + c] * block[_OUT + (STEPS - 1) * TILE + c]
-            left_slope = left
-            entered = record[_LAST * TILE + c] * block[c]
-            entered_slope = entered - entered
-            for s in range(1, STEPS):
-                power = record[(_LAST - s) * TILE + c]
-                left += record[(_LAST + 1 - s) * TILE + c] * block[_OUT + (STEPS - 1 - s) * TILE + c]
-                left_slope += left
-                entered_slope += entered
-                entered += power * block[s * TILE + c]
-            p, dp, weight = record[STATE * TILE + c], record[SLOPE * TILE + c], record[WEIGHT * TILE + c]
-            state = p + weight * held[c]
-            change = dp + weight * (slope[c] + lag * held[c])
-            record[PRODUCT * TILE + c] += left * state
-            record[PRODUCT_SLOPE * TILE + c] += left_slope * state + left * change
-            held[c], slope[c] = entered, entered_slope
-            forget = record[FORGET_BLOCK * TILE + c]
-            dp += STEPS * p
-            record[SLOPE * TILE + c] = dp - forget * dp + entered_slope
-            record[STATE * TILE + c] = p - forget * p + entered
-            weight -= forget * weight
-            record[WEIGHT * TILE + c] = weight if weight > tiny else weight - weight
+def _backward(averages: Any, blocks: Any, start: int, count: int, ends: Any, slopes: Any, first: int) -> None:
+    """What blocks add to the products, of which the first is number `first` of its segment."""
+    row = averages.size // RECORD * TILE
+    for record in range(0, averages.size, RECORD):
+        powers = load_rows(averages, record + POWERS * TILE, _POWERS_AND_ONE)
+        f, weight = load(averages, record + FORGET_BLOCK * TILE), load(averages, record + WEIGHT * TILE)
+        h, dh = load(averages, record + STATE * TILE), load(averages, record + SLOPE * TILE)
+        product = load(averages, record + PRODUCT * TILE)
+        product_slope = load(averages, record + PRODUCT_SLOPE * TILE)
+        steps, lag = filled(averages, STEPS), filled(averages, STEPS * first)
+        at, place = start, first * row + record // RECORD * TILE
+        for _ in range(count):
+            left, left_slope = power_sum_and_slope(powers, load_rows(blocks, at + _OUT, STEPS), 1)
+            held, slope = load(ends, place), load(slopes, place)
+            state = h + weight * held
+            product += left * state
+            product_slope += left_slope * state + left * (dh + weight * (slope + lag * held))
+            entered, entered_slope = power_sum_and_slope(powers, flipped(load_rows(blocks, at, STEPS)), 0)
+            store(ends, place, entered)
+            store(slopes, place, entered_slope)
+            dh += steps * h
+            dh = (dh - f * dh) + entered_slope
+            h = (h - f * h) + entered
+            weight = weight - f * weight
+            lag += steps
+            at += _BLOCK
+            place += row
+        store(averages, record + STATE * TILE, h)
+        store(averages, record + SLOPE * TILE, dh)
+        store(averages, record + WEIGHT * TILE, weight)
+        store(averages, record + PRODUCT * TILE, product)
+        store(averages, record + PRODUCT_SLOPE * TILE, product_slope)
 
 
 @_compile
@@ -259,32 +282,28 @@ def truncated_forward_task(
     `x` and `y` are (B, L, D). Flipped, time runs backwards; with `add`, outputs are added to `y`.
     """
     few = far.shape[-1] == (STEPS - 1) * TILE
-    records = table[first:last].copy()
+    records = _records(table, first, last)
     count = (x.shape[1] + STEPS - 1) // STEPS
-    blocks = np.zeros((count + 1) * _BLOCK, x.dtype)
-    ends = np.zeros((whole, records.shape[1] // RECORD * TILE), x.dtype)
+    blocks = _room((count + _EMPTY) * _BLOCK, x)
+    ends = _room(whole * records.shape[1] // RECORD * TILE, x)
     for tile in range(first, last):
         averages, weights, taps = records[tile - first], k[tile], far[tile]
-        _start(averages)
         ends[:] = 0
         blocks[:] = 0
         _copy_in(x, row, tile * TILE, flip, blocks, INPUT)
-        for j in range(count):
-            start = (j + 1) * _BLOCK
-            block = blocks[start : start + _BLOCK]
-            _inside(weights, block)
-            if j > whole:
-                old = blocks[start - (whole + 2) * _BLOCK : start - whole * _BLOCK]
-                if few:
-                    _few(taps, old, block)
-                else:
-                    _many(taps, old, block)
-            _forward(averages, block, ends[j % whole])
-            if j % whole == whole - 1:
-                _start(averages)
-                for i in range(whole - 1, -1, -1):
-                    _sum_up(averages, ends[i])
-                _start(averages)
+        for begin in range(0, count, whole):
+            _restart(averages)
+            end = min(begin + whole, count)
+            for j in range(begin, end, _TOGETHER):
+                start, together = (j + _EMPTY) * _BLOCK, min(_TOGETHER, end - j)
+                _inside(weights, blocks, start, together)
+                if begin > 0 and few:
+                    _few(taps, blocks, start, together, whole + 2)
+                elif begin > 0:
+                    _many(taps, blocks, start, together, whole + 2)
+                _forward(averages, blocks, start, together, ends, j - begin)
+            if end - begin == whole:
+                _sum_up(averages, ends, whole)
         _copy_out(y, row, tile * TILE, flip, add, blocks)
 
 
@@ -308,35 +327,31 @@ def truncated_backward_task(
     `products` and `product_slopes` are (B, N, D), `dk` and `dfar` are like `k` and `far`, for each row.
     """
     few = dfar.shape[-1] == (STEPS - 1) * TILE
-    records = table[first:last].copy()
+    records = _records(table, first, last)
     count = (x.shape[1] + STEPS - 1) // STEPS
-    blocks = np.zeros((count + 1) * _BLOCK, x.dtype)
-    ends = np.zeros((whole, records.shape[1] // RECORD * TILE), x.dtype)
-    slopes = np.zeros_like(ends)
+    blocks = _room((count + _EMPTY) * _BLOCK, x)
+    ends = _room(whole * records.shape[1] // RECORD * TILE, x)
+    slopes = _room(ends.size, x)
     for tile in range(first, last):
         averages, weights, taps = records[tile - first], dk[row, tile], dfar[row, tile]
-        _start(averages)
         ends[:] = 0
         slopes[:] = 0
         blocks[:] = 0
         _copy_in(x, row, tile * TILE, flip, blocks, INPUT)
         _copy_in(dy, row, tile * TILE, flip, blocks, OUTPUT)
-        for j in range(count):
-            start, i = (j + 1) * _BLOCK, j % whole
-            block = blocks[start : start + _BLOCK]
-            _inside_back(weights, block)
-            if j > whole:
-                old = blocks[start - (whole + 2) * _BLOCK : start - whole * _BLOCK]
-                if few:
-                    _few_back(taps, old, block)
-                else:
-                    _many_back(taps, old, block)
-            _backward(averages, block, ends[i], slopes[i], STEPS * i)
-            if i == whole - 1:
-                _start(averages)
-                for i in range(whole - 1, -1, -1):
-                    _sum_up_slopes(averages, ends[i], slopes[i], STEPS * (whole - 1 - i))
-                    _sum_up(averages, ends[i])
-                _start(averages)
+        for begin in range(0, count, whole):
+            _restart(averages)
+            end = min(begin + whole, count)
+            for j in range(begin, end, _TOGETHER):
+                start, together = (j + _EMPTY) * _BLOCK, min(_TOGETHER, end - j)
+                _inside_back(weights, blocks, start, together)
+                if begin > 0 and few:
+                    _few_back(taps, blocks, start, together, whole + 2)
+                elif begin > 0:
+                    _many_back(taps, blocks, start, together, whole + 2)
+                _backward(averages, blocks, start, together, ends, slopes, j - begin)
+            if end - begin == whole:
+                _sum_up_slopes(averages, ends, slopes, whole)
+                _sum_up(averages, ends, whole)
     _copy_row(records, PRODUCT, products[row], first, True)
     _copy_row(records, PRODUCT_SLOPE, product_slopes[row], first, True)
