@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megablocks._checks import lookup
+from megablocks.functional.transforms import plain_only
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -42,7 +43,11 @@ class _SiluGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, gate = ctx.saved_tensors
-        return gradient * F.silu(gate), _silu_slope(gradient * x, gate)
+        if not _may_overwrite(gradient):
+            return gradient * F.silu(gate), _silu_slope(gradient * x, gate)
+        slope = gradient * x
+        torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=slope)
+        return F.silu(gate).mul_(gradient), slope
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, gate_tangent: Tensor) -> Tensor:
@@ -80,7 +85,11 @@ class _UpdateGate(torch.autograd.Function):
         x, candidate, update = ctx.saved_tensors
         gate = update.sigmoid()
         taken = gradient * gate
-        return gradient - taken, taken, (candidate - x) * taken * (1.0 - gate)
+        if not _may_overwrite(gradient):
+            return gradient - taken, taken, (candidate - x) * taken * (1.0 - gate)
+        slope = (candidate - x).mul_(gradient)
+        torch.ops.aten.sigmoid_backward.grad_input(slope, gate, grad_input=slope)
+        return torch.sub(gradient, taken, out=gate), taken, slope
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, candidate_tangent: Tensor, update_tangent: Tensor) -> Tensor:
@@ -88,6 +97,11 @@ class _UpdateGate(torch.autograd.Function):
         gate = update.sigmoid()
         mixed: Tensor = tangent + (candidate_tangent - tangent) * gate
         return mixed.addcmul(update_tangent * (candidate - x), gate * (1.0 - gate))
+
+
+def _may_overwrite(gradient: Tensor) -> bool:
+    """Whether a backward pass may write into what it has made: not if it is itself differentiated, or batched."""
+    return not torch.is_grad_enabled() and not plain_only(gradient) and type(gradient) is Tensor
 
 
 def _silu_slope(gradient: Tensor, x: Tensor) -> Tensor:

@@ -2,13 +2,17 @@
 
 Half of what a layer keeps for its backward pass are results of cheap functions of something that is kept anyway: the
 activation of a projection, which the next product needs, beside the projection, which the activation's own derivative
-needs. Keeping the one and computing the other again takes a third off a training step's memory.
+needs; what a norm gives, which the next layer needs, beside what it got. Keeping the one and computing the other again
+takes two fifths off a training step's memory.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
 
@@ -16,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from megablocks.functional.activation import gelu_tanh, rescaled, silu_gate
 from megablocks.functional.transforms import plain_only
@@ -23,14 +28,32 @@ from megablocks.functional.transforms import plain_only
 CHEAP = (F.silu, F.gelu, gelu_tanh, silu_gate, rescaled)
 """Deterministic functions whose derivatives need their inputs, not their results."""
 
+DEEPEST = 4
+"""Results that are made of one another; a longer chain would be made from its beginning for every link."""
 
-class _Recipe(NamedTuple):
+
+@dataclass
+class _Recipe:
     """How a result was made."""
 
     result: weakref.ref[Tensor]
     version: int
     function: Callable[..., Tensor]
     inputs: tuple[_Kept | _Again, ...]
+    depth: int
+    hold: bool
+    """Whether what is made again is held from the first to the last that needs it."""
+    waiting: int = 0
+    held: Tensor | None = None
+
+    def make(self) -> Tensor:
+        made = self.held
+        if made is None:
+            with torch.no_grad():
+                made = self.function(*(part.unchanged() for part in self.inputs))
+        self.waiting -= 1
+        self.held = made if self.hold and self.waiting > 0 else None
+        return made
 
 
 class _Kept(NamedTuple):
@@ -58,9 +81,7 @@ class _Again(NamedTuple):
     offset: int | torch.SymInt
 
     def unchanged(self) -> Tensor:
-        with torch.no_grad():
-            made = self.recipe.function(*(part.unchanged() for part in self.recipe.inputs))
-        return made.as_strided(self.size, self.stride, self.offset)
+        return self.recipe.make().as_strided(self.size, self.stride, self.offset)
 
 
 class Recomputation:
@@ -70,8 +91,10 @@ class Recomputation:
             hidden = again(F.silu, fc1(x))      # F.silu(fc1(x)), of which nothing is kept but fc1(x)
             y = fc2(hidden)
 
-    Functions other than those of `CHEAP`, graphs of compilers, the transforms of `torch.func`, and whoever has said
-    already what is to be kept (`torch.utils.checkpoint`, `torch.autograd.graph.save_on_cpu`) are left alone.
+    Norms of ours inside take part by themselves (see `recomputed`), and what they give brings its recipe along to the
+    next context, as an input. Functions other than those of `CHEAP`, graphs of compilers, the transforms of
+    `torch.func`, and whoever has said already what is to be kept (`torch.utils.checkpoint`,
+    `torch.autograd.graph.save_on_cpu`) are left alone.
 
     Args:
         inputs: Of what is computed inside.
@@ -80,35 +103,111 @@ class Recomputation:
     def __init__(self, *inputs: Tensor) -> None:
         self._recipes: dict[int, _Recipe] = {}
         self._hooks = saved_tensors_hooks(self._keep, _unkept) if _free_to_choose(*inputs) else None
+        if self._hooks is not None:
+            for part in inputs:
+                if (recipe := _brought.get(part)) is not None:  # type: ignore[no-untyped-call]
+                    self._recipes[_address(part)] = recipe
 
     def __enter__(self) -> Recomputation:
         if self._hooks is not None:
             self._hooks.__enter__()
+            self._outside = _around.set(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._hooks is not None:
+            _around.reset(self._outside)
             self._hooks.__exit__(kind, error, trace)
             self._recipes.clear()
 
     def __call__(self, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         """Returns `function(*inputs)`."""
         result = function(*inputs)
-        cheap = self._hooks is not None and any(function is known for known in CHEAP)
-        if cheap and type(result) is Tensor and result.storage_offset() == 0:
-            kept = tuple(self._keep(part) for part in inputs)
-            self._recipes[_address(result)] = _Recipe(weakref.ref(result), result._version, function, kept)
+        if self._hooks is not None and any(function is known for known in CHEAP):
+            self._remember(result, function, inputs)
         return result
+
+    def _remember(
+        self, result: Tensor, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], hold: bool = False
+    ) -> _Recipe | None:
+        recipe = _recipe(result, function, tuple(map(self._keep, inputs)), hold)
+        if recipe is not None:
+            self._recipes[_address(result)] = recipe
+        return recipe
 
     def _keep(self, tensor: Tensor) -> _Kept | _Again:
         recipe = self._recipes.get(_address(tensor)) if type(tensor) in (Tensor, torch.nn.Parameter) else None
         # Memory that was given back may hold something else by now.
         if recipe is not None and recipe.result() is not None and tensor._version == recipe.version:
+            recipe.waiting += 1
             return _Again(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
-        # Detached: what an operation keeps of its own result would hold its graph, which holds what is kept.
-        return _Kept(tensor.detach(), tensor._version)
+        return _keep(tensor)
+
+
+_around: ContextVar[Recomputation | None] = ContextVar("around", default=None)
+_brought: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Recipes of results that may be inputs of a context, as long as those live."""
+
+
+def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Returns `function(*inputs)`; a `Recomputation` that it is made in or goes into need not keep it.
+
+    The function must be deterministic and its derivative need its inputs, not its result. Where types differ nothing is
+    remembered: under autocast, which is over when the backward pass begins, it may have been another function.
+    """
+    result = function(*inputs)
+    if not _same_outside(result, inputs):
+        return result
+    recipe = None
+    if (around := _around.get()) is not None:
+        recipe = around._remember(result, function, inputs, hold=True)
+    elif _free_to_choose(*inputs):
+        recipe = _recipe(result, function, tuple(map(_keep, inputs)), hold=True)
+    if recipe is not None:
+        _brought[result] = recipe
+    return result
+
+
+def recomputed_inside(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """The same for results that serve the `Recomputation` that they are made in, and no other."""
+    result = function(*inputs)
+    if _same_outside(result, inputs) and (around := _around.get()) is not None:
+        around._remember(result, function, inputs)
+    return result
+
+
+@contextmanager
+def remembering_nothing() -> Iterator[None]:
+    """A context without recipes, inside one with: for whoever keeps nothing anyway, as checkpoints do."""
+    outside = _around.set(None)
+    try:
+        yield
+    finally:
+        _around.reset(outside)
+
+
+def _same_outside(result: Tensor, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether there is a backward pass that may call the function again and get the same."""
+    if torch.compiler.is_compiling() or not result.requires_grad or plain_only(*inputs):
+        return False
+    return all(part.dtype == result.dtype for part in inputs)
+
+
+def _recipe(
+    result: Tensor, function: Callable[..., Tensor], inputs: tuple[_Kept | _Again, ...], hold: bool
+) -> _Recipe | None:
+    """How the result was made; `None` if it is no tensor of its own, or the last of a long chain."""
+    depth = 1 + max((part.recipe.depth for part in inputs if isinstance(part, _Again)), default=0)
+    if type(result) is not Tensor or result.storage_offset() or depth > DEEPEST:
+        return None
+    return _Recipe(weakref.ref(result), result._version, function, inputs, depth, hold)
+
+
+def _keep(tensor: Tensor) -> _Kept:
+    # Detached: what an operation keeps of its own result would hold its graph, which holds what is kept.
+    return _Kept(tensor.detach(), tensor._version)
 
 
 def _unkept(kept: _Kept | _Again) -> Tensor:

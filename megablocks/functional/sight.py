@@ -24,10 +24,14 @@ from torch.utils.checkpoint import checkpoint
 
 from megablocks.functional.attention_function import Attention, softmax
 from megablocks.functional.precision import at_least_float32
+from megablocks.functional.recomputation import recomputed_inside, remembering_nothing
 from megablocks.functional.transforms import plain_only
 
 WHOLE = 512
 """Keys up to which all weights are made at once, and queries of a piece where they are not."""
+
+FEW = 128
+"""Keys up to which the backward pass makes outputs from weights again: a small product, for much of what is kept."""
 
 PositionBias = Callable[[Tensor, Tensor], Tensor]
 """Maps positions of queries (L,) or (B, L) and of keys (S,) or (B, S) to a bias (L, S) or (B, L, S)."""
@@ -158,7 +162,8 @@ def attend(
         else:
             scores = scores / visible.sum(-1, keepdim=True).clamp(min=1).to(scores.dtype)
     elif bias is not None and q.dim() == 3 and q.dtype == bias.dtype:
-        scores = torch.baddbmm(bias.expand(*q.shape[:2], k.shape[1]), q * q.shape[-1] ** -0.5, k.transpose(1, 2))
+        relative = bias.expand(*q.shape[:2], k.shape[1])
+        scores = torch.baddbmm(relative, q, k.transpose(1, 2), alpha=q.shape[-1] ** -0.5)
         bias = None
     else:
         scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).to(at_least_float32(q.dtype))
@@ -171,7 +176,9 @@ def attend(
 def apply_weights(weights: Tensor, v: Tensor, dropout: Callable[[Tensor], Tensor] | None) -> Tensor:
     r"""Returns what weights $(\dots, L, S)$ make of values $(\dots, S, V)$, after dropout where there is any."""
     applied = weights.to(v.dtype)
-    return _product(applied if dropout is None else dropout(applied), v)
+    if dropout is not None:
+        applied = dropout(applied)
+    return recomputed_inside(_product, applied, v) if v.shape[-2] <= FEW else _product(applied, v)
 
 
 def _product(weights: Tensor, v: Tensor) -> Tensor:
@@ -236,7 +243,8 @@ def _in_pieces(
     dropout: Callable[[Tensor], Tensor] | None,
 ) -> Tensor:
     def attended(sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return _whole(q, k, v, function, sight, bias, dropout)[0]
+        with remembering_nothing():
+            return _whole(q, k, v, function, sight, bias, dropout)[0]
 
     pieces = []
     for first in range(0, q.shape[1], WHOLE):

@@ -241,8 +241,8 @@ class GatedCrossAttention(nn.Module):
         with Recomputation(x, out) as again:
             hidden = self.dropout(again(self.activation, self.h_proj(again(silu_gate, out, reset))))
             y = update_gate(x, hidden.to(x.dtype), update.to(x.dtype))
-        if self.norm is not None and not self.prenorm:
-            y = self.norm(y, padding_mask=padding_mask)
+            if self.norm is not None and not self.prenorm:
+                y = self.norm(y, padding_mask=padding_mask)
         y = zero_padding(y.to(x.dtype), padding_mask)
 
         seen = None if weights is None else Trace(cross_attention_weights=(zero_padding(weights, padding_mask),))

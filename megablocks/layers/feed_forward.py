@@ -91,12 +91,12 @@ class NormalizedFFN(nn.Module):
         check_input("x", x, self.embed_dim)
         check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
         x = zero_padding(x, padding_mask)
-        inputs = self.norm(x, padding_mask=padding_mask) if self.norm is not None and self.prenorm else x
         with Recomputation(x) as again:
+            inputs = self.norm(x, padding_mask=padding_mask) if self.norm is not None and self.prenorm else x
             hidden = self.hidden_dropout(again(self.activation, self.fc1(inputs)))
             y = x + self.dropout(self.fc2(hidden))
-        if self.norm is not None and not self.prenorm:
-            y = self.norm(y, padding_mask=padding_mask)
+            if self.norm is not None and not self.prenorm:
+                y = self.norm(y, padding_mask=padding_mask)
         return zero_padding(y.to(x.dtype), padding_mask)
 
     def extra_repr(self) -> str:

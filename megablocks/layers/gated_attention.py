@@ -257,9 +257,8 @@ class MovingAverageGatedAttention(nn.Module):
 
             hidden = self.dropout(again(self.activation, candidate + self.h_proj(again(silu_gate, out, reset))))
             y = update_gate(x, hidden.to(x.dtype), update.to(x.dtype))
-
-        if self.norm is not None and not self.prenorm:
-            y = self.norm(y, padding_mask=padding_mask)
+            if self.norm is not None and not self.prenorm:
+                y = self.norm(y, padding_mask=padding_mask)
         y = zero_padding(y.to(x.dtype), padding_mask)
         return results(y, None if weights is None else Trace(attention_weights=(weights,)), new_state)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megablocks._checks import (
@@ -21,6 +22,7 @@ from megablocks._checks import (
 )
 from megablocks.functional.padding import zero_padding
 from megablocks.functional.precision import at_least_float32
+from megablocks.functional.recomputation import recomputed
 from megablocks.layers.arguments import remembers_arguments
 
 NORMS = ("layernorm", "scalenorm", "rmsnorm", "batchnorm", "syncbatchnorm")
@@ -234,7 +236,7 @@ def _named_norm(
     check_flag("affine", affine)
     check_number("eps", eps, minimum=0)
     makers = {
-        "layernorm": lambda: nn.LayerNorm(embed_dim, eps=eps, elementwise_affine=affine, device=device, dtype=dtype),
+        "layernorm": lambda: LayerNorm(embed_dim, eps=eps, elementwise_affine=affine, device=device, dtype=dtype),
         "scalenorm": lambda: ScaleNorm(eps=eps, affine=affine, device=device, dtype=dtype),
         "rmsnorm": lambda: RMSNorm(embed_dim, eps=eps, affine=affine, device=device, dtype=dtype),
         "batchnorm": lambda: nn.BatchNorm1d(embed_dim, eps=eps, affine=affine, device=device, dtype=dtype),
@@ -244,7 +246,26 @@ def _named_norm(
     return made
 
 
+class LayerNorm(nn.LayerNorm):
+    """That of torch, of which the layer that it leads into keeps no result."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the normalised tokens."""
+
+        def normalised(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+        return recomputed(normalised, x, *(part for part in (self.weight, self.bias) if part is not None))
+
+
 def _root_mean_square_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    def normalised(x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return _divided_by_root_mean_square(x, weight, eps)
+
+    return recomputed(normalised, x, *(() if weight is None else (weight,)))
+
+
+def _divided_by_root_mean_square(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     wide = x.to(at_least_float32(x.dtype))
     factor = torch.rsqrt(_sum_of_squares(wide) / wide.shape[-1] + eps)
     if weight is None or weight.numel() == 1:  # one number for each token: one product for each channel
