@@ -85,9 +85,11 @@ def peak_memory(makers: Makers, problem: Mapping[str, Any]) -> list[float]:
 
 
 def _peak_here(makers: Makers, problem: Mapping[str, Any]) -> float:
+    c = ctypes.CDLL(None)
+    c.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: what is given back is gone, so that holes between tensors do not count
     for length in (SHORT, problem["length"]):
         solve = prepare(makers, {**problem, "length": length})
-        ctypes.CDLL(None).malloc_trim(0)  # memory that is free, but kept, would not count again
+        c.malloc_trim(0)  # memory that is free, but kept, would not count again
         before = _resident_mib("VmRSS", reset=True)
         solve()
         peak = _resident_mib("VmHWM") - before

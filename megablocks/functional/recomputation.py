@@ -28,10 +28,6 @@ from megablocks.functional.transforms import plain_only
 CHEAP = (F.silu, F.gelu, gelu_tanh, silu_gate, rescaled)
 """Deterministic functions whose derivatives need their inputs, not their results."""
 
-DEEPEST = 4
-"""Results that are made of one another; a longer chain would be made from its beginning for every link."""
-
-
 @dataclass
 class _Recipe:
     """How a result was made."""
@@ -40,7 +36,6 @@ class _Recipe:
     version: int
     function: Callable[..., Tensor]
     inputs: tuple[_Kept | _Again, ...]
-    depth: int
     hold: bool
     """Whether what is made again is held from the first to the last that needs it."""
     waiting: int = 0
@@ -198,11 +193,10 @@ def _same_outside(result: Tensor, inputs: tuple[Tensor, ...]) -> bool:
 def _recipe(
     result: Tensor, function: Callable[..., Tensor], inputs: tuple[_Kept | _Again, ...], hold: bool
 ) -> _Recipe | None:
-    """How the result was made; `None` if it is no tensor of its own, or the last of a long chain."""
-    depth = 1 + max((part.recipe.depth for part in inputs if isinstance(part, _Again)), default=0)
-    if type(result) is not Tensor or result.storage_offset() or depth > DEEPEST:
+    """How the result was made; `None` if it is no tensor of its own."""
+    if type(result) is not Tensor or result.storage_offset():
         return None
-    return _Recipe(weakref.ref(result), result._version, function, inputs, depth, hold)
+    return _Recipe(weakref.ref(result), result._version, function, inputs, hold)
 
 
 def _keep(tensor: Tensor) -> _Kept:
@@ -222,9 +216,11 @@ def _free_to_choose(*inputs: Tensor) -> bool:
     """Whether a graph is recorded, by torch itself, and nobody else has said what it keeps."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or plain_only(*inputs):
         return False
-    probe = torch.ones((), requires_grad=True)
+    probe = torch.ones((), requires_grad=True).square()
+    # What is saved does not keep alive the node that it belongs to; the probe does.
+    saved = probe.grad_fn._raw_saved_self  # type: ignore[union-attr]
     try:  # which works once only
-        probe.square().grad_fn._raw_saved_self.register_hooks(_same, _same)  # type: ignore[union-attr]
+        saved.register_hooks(_same, _same)
     except RuntimeError:
         return False
     return True

@@ -11,7 +11,14 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from megablocks import GatedCrossAttention, MovingAverageGatedAttention, NormalizedFFN
+from megablocks import (
+    GatedCrossAttention,
+    MovingAverageGatedAttention,
+    NormalizedFFN,
+    SequenceNorm,
+    mega_decoder,
+    mega_encoder,
+)
 from megablocks.functional import recomputation
 from megablocks.functional.activation import rescaled, silu_gate, update_gate
 from megablocks.functional.recomputation import Recomputation
@@ -24,6 +31,9 @@ LAYERS = {
     "relu": lambda: MovingAverageGatedAttention(16, 8, activation="relu", hidden_dropout=0.2, prenorm=False),
     "gelu": lambda: NormalizedFFN(16, 32, activation="gelu"),
     "gelu_tanh": lambda: NormalizedFFN(16, 32, activation="gelu_tanh", hidden_dropout=0.1),
+    "layernorm stack": lambda: mega_encoder(2, 16, qk_dim=8, prenorm=False, chunk_size=8),
+    "scalenorm stack": lambda: mega_encoder(2, 16, qk_dim=8, prenorm=False, norm="scalenorm", attention="relu2"),
+    "rmsnorm stack": lambda: mega_decoder(2, 16, qk_dim=8, norm="rmsnorm", dropout=0.1, attention_dropout=0.1),
 }
 
 
@@ -83,6 +93,60 @@ def test_much_less_is_kept(kind, monkeypatch):
     again = _bytes_kept(layer, x)
     monkeypatch.setattr(recomputation, "_free_to_choose", lambda *_: False)
     assert again < 0.7 * _bytes_kept(layer, x)
+
+
+@pytest.mark.compile  # as above
+@pytest.mark.parametrize("norm", ["layernorm", "scalenorm", "rmsnorm"])
+def test_what_a_norm_gives_is_not_kept(norm, monkeypatch):
+    stack = torch.nn.Sequential(SequenceNorm(64, norm=norm), NormalizedFFN(64, 64, norm=None))
+    x = torch.randn(2, 512, 64, requires_grad=True)
+    stack(x)
+    again = _bytes_kept(stack, x)
+    monkeypatch.setattr(recomputation, "_brought", recomputation.WeakTensorKeyDictionary())
+    monkeypatch.setattr(SequenceNorm, "forward", lambda self, x: self.norm(x) * 1.0)
+    assert _bytes_kept(stack, x) - again >= x.nbytes
+
+
+def test_a_hook_on_a_norm_is_heard():
+    stack = torch.nn.Sequential(SequenceNorm(16), NormalizedFFN(16, 32))
+    stack[0].norm.register_forward_hook(lambda module, inputs, output: 3 * output)
+    stack[1].norm.register_forward_hook(lambda module, inputs, output: output.mul_(2))
+    x = torch.randn(2, 5, 16, requires_grad=True)
+    _, found = _gradients(stack, x)
+    _, expected = _gradients(Checkpointed(stack), x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_gradients_under_autocast_are_the_same(monkeypatch):
+    stack = mega_encoder(2, 16, qk_dim=8, prenorm=False)
+    x = torch.randn(2, 9, 16, requires_grad=True)
+
+    def gradients():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = stack(x)
+        return torch.autograd.grad(y.float().square().sum(), [x, *stack.parameters()])
+
+    again = gradients()
+    monkeypatch.setattr(recomputation, "_free_to_choose", lambda *_: False)
+    assert all(one.equal(other) for one, other in zip(again, gradients(), strict=True))
+
+
+def test_what_comes_out_of_a_norm_can_be_saved(tmp_path):
+    y = SequenceNorm(16)(torch.randn(2, 5, 16))
+    torch.save(y, tmp_path / "y.pt")
+    assert torch.load(tmp_path / "y.pt").equal(y)
+
+
+def test_nothing_is_remembered_inside_a_checkpoint():
+    x = torch.randn(2, 3, requires_grad=True)
+    with Recomputation(x) as again:
+        with recomputation.remembering_nothing():
+            recomputation.recomputed_inside(torch.matmul, x, x.T)
+        assert not again._recipes
+        y = recomputation.recomputed_inside(torch.matmul, x, x.T)
+        assert len(again._recipes) == 1
+        z = y.square()
+    assert torch.autograd.grad(z.sum(), x)[0].equal(torch.autograd.grad((x @ x.T).square().sum(), x)[0])
 
 
 def test_whoever_says_what_is_kept_is_obeyed():
