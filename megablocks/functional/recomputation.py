@@ -28,6 +28,7 @@ from megablocks.functional.transforms import plain_only
 CHEAP = (F.silu, F.gelu, gelu_tanh, silu_gate, rescaled)
 """Deterministic functions whose derivatives need their inputs, not their results."""
 
+
 @dataclass
 class _Recipe:
     """How a result was made."""
