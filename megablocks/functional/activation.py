@@ -46,6 +46,7 @@ class _SiluGate(torch.autograd.Function):
         if not _may_overwrite(gradient):
             return gradient * F.silu(gate), _silu_slope(gradient * x, gate)
         slope = gradient * x
+        del x  # which may have been made for this alone
         torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=slope)
         return F.silu(gate).mul_(gradient), slope
 
@@ -83,11 +84,13 @@ class _UpdateGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, candidate, update = ctx.saved_tensors
+        slope = candidate - x
+        del x, candidate  # as above
         gate = update.sigmoid()
         taken = gradient * gate
         if not _may_overwrite(gradient):
-            return gradient - taken, taken, (candidate - x) * taken * (1.0 - gate)
-        slope = (candidate - x).mul_(gradient)
+            return gradient - taken, taken, slope * taken * (1.0 - gate)
+        slope.mul_(gradient)
         torch.ops.aten.sigmoid_backward.grad_input(slope, gate, grad_input=slope)
         return torch.sub(gradient, taken, out=gate), taken, slope
 

@@ -37,9 +37,8 @@ class _Recipe:
     version: int
     function: Callable[..., Tensor]
     inputs: tuple[_Kept | _Again, ...]
-    hold: bool
-    """Whether what is made again is held from the first to the last that needs it."""
     waiting: int = 0
+    """How many are to need the result again; from the first to the last of them it is held."""
     held: Tensor | None = None
 
     def make(self) -> Tensor:
@@ -48,7 +47,7 @@ class _Recipe:
             with torch.no_grad():
                 made = self.function(*(part.unchanged() for part in self.inputs))
         self.waiting -= 1
-        self.held = made if self.hold and self.waiting > 0 else None
+        self.held = made if self.waiting > 0 else None
         return made
 
 
@@ -125,10 +124,8 @@ class Recomputation:
             self._remember(result, function, inputs)
         return result
 
-    def _remember(
-        self, result: Tensor, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], hold: bool = False
-    ) -> _Recipe | None:
-        recipe = _recipe(result, function, tuple(map(self._keep, inputs)), hold)
+    def _remember(self, result: Tensor, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> _Recipe | None:
+        recipe = _recipe(result, function, tuple(map(self._keep, inputs)))
         if recipe is not None:
             self._recipes[_address(result)] = recipe
         return recipe
@@ -158,9 +155,9 @@ def recomputed(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         return result
     recipe = None
     if (around := _around.get()) is not None:
-        recipe = around._remember(result, function, inputs, hold=True)
+        recipe = around._remember(result, function, inputs)
     elif _free_to_choose(*inputs):
-        recipe = _recipe(result, function, tuple(map(_keep, inputs)), hold=True)
+        recipe = _recipe(result, function, tuple(map(_keep, inputs)))
     if recipe is not None:
         _brought[result] = recipe
     return result
@@ -191,13 +188,11 @@ def _same_outside(result: Tensor, inputs: tuple[Tensor, ...]) -> bool:
     return all(part.dtype == result.dtype for part in inputs)
 
 
-def _recipe(
-    result: Tensor, function: Callable[..., Tensor], inputs: tuple[_Kept | _Again, ...], hold: bool
-) -> _Recipe | None:
+def _recipe(result: Tensor, function: Callable[..., Tensor], inputs: tuple[_Kept | _Again, ...]) -> _Recipe | None:
     """How the result was made; `None` if it is no tensor of its own."""
     if type(result) is not Tensor or result.storage_offset():
         return None
-    return _Recipe(weakref.ref(result), result._version, function, inputs, hold)
+    return _Recipe(weakref.ref(result), result._version, function, inputs)
 
 
 def _keep(tensor: Tensor) -> _Kept:

@@ -26,7 +26,15 @@ from numba.core import cgutils, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic, models, overload, register_model
 
-TILE = 16 if llvm.get_host_cpu_features().get("avx512f", False) else 8
+
+def _registers_of_512_bits() -> bool:
+    try:
+        return bool(llvm.get_host_cpu_features().get("avx512f", False))
+    except RuntimeError:  # LLVM cannot tell
+        return False
+
+
+TILE = 16 if _registers_of_512_bits() else 8
 """Numbers in a vector, and channels that are worked on together: a register of float32, two of float64."""
 
 _FUSED = ("contract",)
