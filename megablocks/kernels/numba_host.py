@@ -12,6 +12,7 @@ import itertools
 import logging
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -48,7 +49,7 @@ PATIENCE = 1.0
 _LINE = 16
 """Numbers that fill a line of the cache, or two."""
 
-_NORMAL = np.finfo(np.float32).tiny
+_SMALLEST_NORMAL = sys.float_info.min
 
 _LOGGER = logging.getLogger("megablocks")
 _compiled: set[tuple[Compiled, np.dtype[Any]]] = set()
@@ -161,12 +162,12 @@ def share_out(task: Compiled, batch: int, tiles: int, size: int, *arguments: Any
 @contextmanager
 def _flushing() -> Iterator[None]:
     """Lets this thread take zero for numbers below the normal ones: what decays gets there, and it takes ages."""
-    before = _NORMAL / 2 == 0
+    before = _SMALLEST_NORMAL / 2 == 0
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
-        torch.set_flush_denormal(bool(before))
+        torch.set_flush_denormal(before)
 
 
 def _compile_for(task: Compiled, arguments: tuple[Any, ...]) -> None:

@@ -56,7 +56,7 @@ def test_small_numbers_are_treated_as_before(threads, flushing):
     try:
         if not torch.set_flush_denormal(flushing):
             pytest.skip("this processor cannot flush small numbers to zero")
-        with ema_backend("numba_cpu"):
+        with ema_backend("numba_cpu"), np.errstate(all="raise"):
             MultiDimensionDampedEMA(64, 16)(torch.randn(4, 256, 64)).sum().backward()
         halves = torch.full((1_000_000,), tiny) / 2  # by all threads
         assert np.float32(tiny) / 2 == 0 if flushing else np.float32(tiny) / 2 > 0
@@ -70,9 +70,12 @@ def test_silence_decays_to_nothing():
     ema = MultiDimensionDampedEMA(4, 2)
     x = torch.zeros(1, 5000, 4)
     x[:, 0] = 1
-    with ema_backend("numba_cpu"), torch.no_grad():
+    with ema_backend("numba_cpu"), torch.no_grad(), np.errstate(all="raise"):
         y = ema(x)
+        ema.truncation = 1024
+        truncated = ema(x)
     assert (y[:, -1] == 0).all()
+    assert (truncated[:, 1024:] == 0).all()
 
 
 def test_vectors_are_read_from_flat_arrays_only():
