@@ -189,8 +189,8 @@ def _same_outside(result: Tensor, inputs: tuple[Tensor, ...]) -> bool:
 
 
 def _recipe(result: Tensor, function: Callable[..., Tensor], inputs: tuple[_Kept | _Again, ...]) -> _Recipe | None:
-    """How the result was made; `None` if it is no tensor of its own."""
-    if type(result) is not Tensor or result.storage_offset():
+    """How the result was made; `None` if it is no tensor of its own, or has no memory (on the meta device, empty)."""
+    if type(result) is not Tensor or result.storage_offset() or not _address(result):
         return None
     return _Recipe(weakref.ref(result), result._version, function, inputs)
 

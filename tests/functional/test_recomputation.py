@@ -246,6 +246,14 @@ def test_nothing_is_noted_where_no_graph_is_made():
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+def test_gradients_without_numbers(kind):
+    layer, x = LAYERS[kind]().to("meta"), torch.randn(2, 16, 16, device="meta", requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+    assert all(weight.grad.shape == weight.shape for weight in layer.parameters())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 def test_a_graph_that_nobody_goes_back_through_is_given_back(kind):
     layer, x = LAYERS[kind](), torch.randn(1, 20, 16, requires_grad=True)
     held = weakref.ref(x)
