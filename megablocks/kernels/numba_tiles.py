@@ -65,6 +65,13 @@ def _compile(function: Compiled) -> Compiled:
     return compiled
 
 
+@_compile
+def _after(h: Any, f: Any, b: Any, powers: Any, x: Any) -> Any:
+    """What a state is after a block."""
+    # h - f h rather than q^S h: rounding what is kept would bend slow decays.
+    return (h - f * h) + b * power_sum(powers, flipped(x), 0)
+
+
 class _Blocks(NamedTuple):
     inside: Compiled
     forward: Compiled
@@ -96,9 +103,7 @@ def _blocks(steps: int) -> _Blocks:
             for at in range(start, start + count * size, size):
                 y = load_rows(chunk, at + out, steps)
                 store_rows(chunk, at + out, add_powers(y, powers, g * h, 1))
-                x = load_rows(chunk, at, steps)
-                # h - f h rather than q^S h: rounding what is kept would bend slow decays.
-                h = (h - f * h) + b * power_sum(powers, flipped(x), 0)
+                h = _after(h, f, b, powers, load_rows(chunk, at, steps))
             store(averages, record + STATE * TILE, h)
 
     def advance(averages: Any, chunk: Any, start: int, count: int) -> None:
@@ -108,8 +113,7 @@ def _blocks(steps: int) -> _Blocks:
             b, f = load(averages, record + EXPANSION * TILE), load(averages, record + forget * TILE)
             h = load(averages, record + STATE * TILE)
             for at in range(start, start + count * size, size):
-                x = load_rows(chunk, at, steps)
-                h = (h - f * h) + b * power_sum(powers, flipped(x), 0)
+                h = _after(h, f, b, powers, load_rows(chunk, at, steps))
             store(averages, record + STATE * TILE, h)
 
     def inside_back(k: Any, dk: Any, chunk: Any, start: int, count: int) -> None:
@@ -128,8 +132,7 @@ def _blocks(steps: int) -> _Blocks:
             f, h = load(averages, record + forget * TILE), load(averages, record + STATE * TILE)
             for i in range(count):
                 store(before, i * TILE, h)
-                x = load_rows(chunk, start + i * size, steps)
-                h = (h - f * h) + b * power_sum(powers, flipped(x), 0)
+                h = _after(h, f, b, powers, load_rows(chunk, start + i * size, steps))
 
             a = load(averages, record + ADJOINT * TILE)
             dlog_q = load(averages, record + GRAD_LOG_Q * TILE)

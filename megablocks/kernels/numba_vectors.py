@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -171,40 +172,19 @@ def power_sum_and_slope(typing: Any, powers: Any, rows: Any, first: Any) -> Any:
 @_with_constants
 def convolve(typing: Any, y: Any, k: Any, x: Any, ahead: Any) -> Any:
     """Returns `y[s] + sum_r k[ahead + s - r] * x[r]`, over the rows that `k` has."""
-
-    def compute(builder: Any, y: Any, k: Any, x: Any, _: Any) -> list[Any]:
-        made = list(y)
-        for s, r, j in _pairs(y, x, k, ahead):
-            made[s] = _add_product(builder, made[s], k[j], x[r])
-        return made
-
-    return _unrolled(y, (y, k, x, ahead), compute)
+    return _products_added("sjr", y, k, x, ahead)
 
 
 @_with_constants
 def convolve_back(typing: Any, dx: Any, k: Any, dy: Any, ahead: Any) -> Any:
     """Returns `dx[r] + sum_s k[ahead + s - r] * dy[s]`: the gradient of `x`."""
-
-    def compute(builder: Any, dx: Any, k: Any, dy: Any, _: Any) -> list[Any]:
-        made = list(dx)
-        for s, r, j in _pairs(dy, dx, k, ahead):
-            made[r] = _add_product(builder, made[r], k[j], dy[s])
-        return made
-
-    return _unrolled(dx, (dx, k, dy, ahead), compute)
+    return _products_added("rjs", dx, k, dy, ahead)
 
 
 @_with_constants
 def correlate(typing: Any, dk: Any, dy: Any, x: Any, ahead: Any) -> Any:
     """Returns `dk[ahead + s - r]` plus every `dy[s] * x[r]` that belongs there: the gradient of `k`."""
-
-    def compute(builder: Any, dk: Any, dy: Any, x: Any, _: Any) -> list[Any]:
-        made = list(dk)
-        for s, r, j in _pairs(dy, x, dk, ahead):
-            made[j] = _add_product(builder, made[j], dy[s], x[r])
-        return made
-
-    return _unrolled(dk, (dk, dy, x, ahead), compute)
+    return _products_added("jsr", dk, dy, x, ahead)
 
 
 def _vector_of(array: Any) -> Vector:
@@ -266,10 +246,20 @@ def _power_totals(builder: Any, powers: Any, rows: Any, first: int) -> list[Any]
     return totals
 
 
-def _pairs(later: Any, earlier: Any, k: Any, ahead: Any) -> list[tuple[int, int, int]]:
-    """Which later row s hears which earlier row r with which weight."""
-    pairs = [(s, r, ahead.literal_value + s - r) for s in range(len(later)) for r in range(len(earlier))]
-    return [(s, r, j) for s, r, j in pairs if 0 <= j < len(k)]
+def _products_added(indices: str, total: Any, left: Any, right: Any, ahead: Any) -> Any:
+    """Adds up products wherever `j = ahead + s - r`; `indices` says which of the three counts the rows of each."""
+
+    def compute(builder: Any, total: Any, left: Any, right: Any, _: Any) -> list[Any]:
+        made = list(total)
+        count = {index: len(rows) for index, rows in zip(indices, (total, left, right), strict=True)}
+        for s, r in product(range(count["s"]), range(count["r"])):
+            at = {"s": s, "r": r, "j": ahead.literal_value + s - r}
+            if 0 <= at["j"] < count["j"]:
+                place, of_left, of_right = (at[index] for index in indices)
+                made[place] = _add_product(builder, made[place], left[of_left], right[of_right])
+        return made
+
+    return _unrolled(total, (total, left, right, ahead), compute)
 
 
 def _define(symbol: Callable[..., Any], instruction: str) -> None:

@@ -247,7 +247,7 @@ def _named_norm(
 
 
 class LayerNorm(nn.LayerNorm):
-    """That of torch, of which the layer that it leads into keeps no result."""
+    """The layer norm of torch; a layer that it leads into makes its result again instead of keeping it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the normalised tokens."""
