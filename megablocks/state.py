@@ -69,8 +69,8 @@ class FixedKeys(NamedTuple):
 class WorkingKeys(NamedTuple):
     """Keys and values that belong to one loop, which nobody else sees: a step writes into them instead of copying.
 
-    `generate` makes them of a state and makes a state of them again. Token number i stands in slot i modulo S, S being
-    the length of a chunk, or where there are none the most tokens there will be.
+    `generate` makes them of a state and makes a state of them again. Token number i stands in slot i, modulo C where
+    there are chunks.
     """
 
     keys: Tensor
@@ -79,6 +79,12 @@ class WorkingKeys(NamedTuple):
     """`(B, S, V)`."""
     length: Tensor
     """`(B,)`, int64: real tokens of each row since its first slot was filled first."""
+    chunk_size: int | None
+    """C, `None` for no chunks."""
+    begin: int | None
+    """The slot of the next token, where it is the same in all rows and that is known without looking."""
+    bias: Tensor | None = None
+    """`(2P - 1,)`: the position bias by relative position, made in the first step, if the bias has a `table`."""
 
 
 KeyState = ChunkKeys | GrowingKeys | FixedKeys | WorkingKeys

@@ -22,7 +22,7 @@ def linear(x: Tensor) -> Tensor:
 
 def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
     r"""Returns $x \odot \mathrm{silu}(\text{gate})$, and keeps for the backward pass no more than what came in."""
-    if torch.compiler.is_compiling():  # a compiler decides itself what to keep, and warns of every `Function`
+    if _nothing_kept():
         return x * F.silu(gate)
     gated: Tensor = _SiluGate.apply(x, gate)  # type: ignore[no-untyped-call]
     return gated
@@ -63,7 +63,7 @@ def rescaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def update_gate(x: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
     r"""Returns $\sigma(u) \odot \text{candidate} + (1 - \sigma(u)) \odot x$, keeping no more than what came in."""
-    if torch.compiler.is_compiling():
+    if _nothing_kept():
         return torch.lerp(x, candidate, torch.sigmoid(update))
     mixed: Tensor = _UpdateGate.apply(x, candidate, update)  # type: ignore[no-untyped-call]
     return mixed
@@ -100,6 +100,11 @@ class _UpdateGate(torch.autograd.Function):
         gate = update.sigmoid()
         mixed: Tensor = tangent + (candidate_tangent - tangent) * gate
         return mixed.addcmul(update_tangent * (candidate - x), gate * (1.0 - gate))
+
+
+def _nothing_kept() -> bool:
+    """Whether plain operations will do: without gradients, and where a compiler chooses what to keep."""
+    return not torch.is_grad_enabled() or torch.compiler.is_compiling()
 
 
 def _may_overwrite(gradient: Tensor) -> bool:

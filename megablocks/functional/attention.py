@@ -7,6 +7,7 @@ its size. Keys that are padding, in the future or in another chunk are not in it
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from megablocks._checks import values_readable
 from megablocks.functional.attention_function import Attention
 from megablocks.functional.padding import Slots, Span, pad_to_multiple, real_lengths, slots, take, zero_padding
-from megablocks.functional.sight import PositionBias, Sight, apply_weights, attend, attend_sight
+from megablocks.functional.position import simple_bias
+from megablocks.functional.sight import PositionBias, Sight, TabledBias, apply_weights, attend, attend_sight
 from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys, KeyState, WorkingKeys
 
 
@@ -179,24 +181,43 @@ def _in_place(
     state: WorkingKeys,
     function: Attention,
     padding_mask: Tensor | None,
+    *,
+    bias: PositionBias | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None, KeyState]:
     """Attends from one token to those before it and itself, which it puts among them; padding is written over later."""
-    end = state.keys.shape[1]
-    at = state.length.unsqueeze(-1) % end
-    rows = torch.arange(q.shape[0], device=q.device)
-    for held, new in ((state.keys, k), (state.values, v)):
-        held[rows, at.squeeze(1)] = new.squeeze(1).to(held.dtype)
-    if values_readable(at):
-        end = int(at.max()) + 1
-        at = at[0] if _common_position(at) is not None else at
+    table = state.bias
+    if table is None and isinstance(bias, TabledBias):
+        table = bias.table(state.keys.shape[1]).detach()
+    own = (state.keys, k.to(state.keys.dtype)), (state.values, v.to(state.values.dtype))
+    begin = state.begin if padding_mask is None else None
+    if begin is not None:
+        after: int | None = begin + 1 if state.chunk_size is None else (begin + 1) % state.chunk_size
+        for held, new in own:
+            held[:, begin : begin + 1] = new
+        end, at = begin + 1, torch.tensor([begin], device=q.device)
+        if table is not None:
+            bias = partial(_bias_of_newest, table)
+    else:
+        after, at = None, state.length if state.chunk_size is None else state.length % state.chunk_size
+        for held, new in own:
+            held[torch.arange(q.shape[0], device=q.device), at] = new.squeeze(1)
+        end, at = int(at.max()) + 1 if values_readable(at) else state.keys.shape[1], at.unsqueeze(-1)
+        if table is not None:
+            bias = partial(simple_bias, table)
     keys, values = state.keys[:, :end].to(k.dtype), state.values[:, :end].to(v.dtype)
-    sight = Sight(at, torch.arange(end, device=q.device), causal=True)
-    out, weights = attend_sight(q, keys, values, function, sight, **options)
+    sight = Sight(at, torch.arange(end, device=q.device), causal=begin is None)
+    out, weights = attend_sight(q, keys, values, function, sight, bias=bias, **options)
     out = zero_padding(out, padding_mask)
     weights = None if weights is None else zero_padding(weights, padding_mask).unsqueeze(1)
     total = state.length + real_lengths((q.shape[0], 1), padding_mask, q.device)
-    return out, weights, state._replace(length=total)
+    return out, weights, state._replace(length=total, begin=after, bias=table)
+
+
+def _bias_of_newest(table: Tensor, query: Tensor, keys: Tensor) -> Tensor:
+    """What `simple_bias` looks up for one query and the keys from the first to its own, (1, S), without looking up."""
+    same = table.shape[0] // 2
+    return table[same + 1 - keys.shape[0] : same + 1].unsqueeze(0)
 
 
 def _common_position(length: Tensor) -> int | None:

@@ -177,10 +177,10 @@ def damped_ema(
         mirror = EMACoefficients(*(row[channels:] for row in rows)) if both else None
         if omega is not None:
             omega = omega.to(dtype)
-        layout = None if padding_mask is None else packed(padding_mask)
-        lengths = None
+        lengths = None if padding_mask is None else (~padding_mask).sum(1)
+        layout = None if padding_mask is None or x.shape[1] == 1 else packed(padding_mask)
         if layout is not None:
-            inputs, lengths = layout.put(inputs), layout.filled.sum(1)
+            inputs = layout.put(inputs)
 
         new_state: EMAState | TruncatedEMAState | None = None
         if isinstance(state, TruncatedEMAState):
@@ -199,8 +199,7 @@ def damped_ema(
             )
             if after is not None:
                 new_state = EMAState(after)
-        if layout is not None:
-            y = layout.back(y)
+        y = zero_padding(y, padding_mask) if layout is None else layout.back(y)
         y = y.to(x.dtype)
     return y if new_state is None else (y, new_state)
 

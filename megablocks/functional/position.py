@@ -45,6 +45,9 @@ def rotary_bias(alpha: Tensor, beta: Tensor, query_positions: Tensor, key_positi
         $(L, S)$ or $(B, L, S)$, float32 or wider.
     """
     with without_autocast(alpha):
+        if query_positions.shape == (1,):  # a decoding step: both turned back by the query's angle
+            alpha, relative = alpha.to(at_least_float32(alpha.dtype)), key_positions - query_positions
+            return (rotate(beta, relative) @ alpha).unsqueeze(-2)
         return rotate(alpha, query_positions) @ rotate(beta, key_positions).transpose(-1, -2)
 
 

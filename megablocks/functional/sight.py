@@ -45,6 +45,14 @@ class FactoredBias(Protocol):
         """Returns (L, F) and (S, F), whose products are the bias."""
 
 
+@runtime_checkable
+class TabledBias(Protocol):
+    """A bias that depends on the relative position alone."""
+
+    def table(self, positions: int) -> Tensor:
+        """Returns what `simple_bias` looks it up in, for at least so many positions."""
+
+
 class Sight(NamedTuple):
     """What queries see: keys at no later position, where `causal`, that are not hidden."""
 
@@ -178,7 +186,9 @@ def apply_weights(weights: Tensor, v: Tensor, dropout: Callable[[Tensor], Tensor
     applied = weights.to(v.dtype)
     if dropout is not None:
         applied = dropout(applied)
-    return recomputed_inside(_product, applied, v) if v.shape[-2] <= FEW else _product(applied, v)
+    if torch.compiler.is_compiling() or v.shape[-2] > FEW:  # asked in this order: no graph for each side of FEW
+        return _product(applied, v)
+    return recomputed_inside(_product, applied, v)
 
 
 def _product(weights: Tensor, v: Tensor) -> Tensor:

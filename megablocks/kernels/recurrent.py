@@ -29,7 +29,7 @@ def recurrent(
         back = _loop(reverse, mirror, None, None)[0] if truncation is None else _window(reverse, mirror, truncation)
         y = y + back.flip(1)
     if omega is not None:
-        y = y + omega * x
+        y = torch.addcmul(y, omega, x)
     return y, hidden if final else None
 
 
@@ -41,7 +41,7 @@ def _loop(
     outputs = []
     for t, x_t in enumerate(x.unbind(1)):
         # h + (b x - p h) rather than b x + q h: rounding q to float32 would bend slow decays.
-        after = h + (b * x_t.unsqueeze(-1) - p * h)
+        after = h + torch.addcmul(b * x_t.unsqueeze(-1), p, h, value=-1)
         h = after if lengths is None else torch.where((t < lengths)[:, None, None], after, h)
         outputs.append((h * g).sum(-1))
     return torch.stack(outputs, dim=1), h

@@ -273,8 +273,8 @@ class MovingAverageGatedAttention(nn.Module):
         self._check_streams()
         check_state(state, AttentionState, "MovingAverageGatedAttention")
         keys: KeyState = state.keys
-        made_under = keys.keys.shape[1] if isinstance(keys, ChunkKeys) else None
-        if made_under != chunk_size and not isinstance(keys, WorkingKeys):
+        made_under = keys.keys.shape[1] if isinstance(keys, ChunkKeys) else getattr(keys, "chunk_size", None)
+        if made_under != chunk_size:
             raise ValueError(
                 f"`state` was made under chunk_size={made_under}, but the layer now has chunk_size={chunk_size}; "
                 "a stream keeps the chunk size it began with."
@@ -287,10 +287,13 @@ class MovingAverageGatedAttention(nn.Module):
         """Slots from the first to the last position that attention compares."""
         if state is None:
             return length if chunk_size is None else min(length, chunk_size)
-        held: int = state.keys.keys.shape[1]
-        if isinstance(state.keys, WorkingKeys) and values_readable(state.keys.length):
-            return min(held, int(state.keys.length.max()) + 1)
-        return held + length if isinstance(state.keys, GrowingKeys) else held
+        keys: KeyState = state.keys
+        held = keys.keys.shape[1]
+        if isinstance(keys, WorkingKeys) and chunk_size is None:
+            if keys.begin is not None:
+                return keys.begin + 1
+            return int(keys.length.max()) + 1 if values_readable(keys.length) else held
+        return held + length if isinstance(keys, GrowingKeys) else held
 
     def _check_reach(self, span: int) -> None:
         limit = getattr(self.position_bias, "max_positions", None)

@@ -65,6 +65,10 @@ class SimpleRelativeBias(nn.Module):
             check_table(furthest + 1, self.max_positions)
         return simple_bias(self.weight, queries, keys)
 
+    def table(self, positions: int) -> Tensor:
+        """Returns the bias of relative positions: the whole table, which need not reach as far as is asked."""
+        return self.weight
+
     def extra_repr(self) -> str:
         """Returns what `print` shows."""
         return f"max_positions={self.max_positions}"
@@ -132,6 +136,11 @@ class RotaryRelativeBias(nn.Module):
         """Returns vectors whose products are the bias, so that attention need not make it: `(L, Z)` and `(S, Z)`."""
         with without_autocast(self.alpha):
             return rotate(self.alpha, queries), rotate(self.beta, keys)
+
+    def table(self, positions: int) -> Tensor:
+        """Returns the bias of relative positions from $-(P - 1)$ to $P - 1$ for so many positions: $(2P - 1,)$."""
+        relative = torch.arange(2 * positions - 1, device=self.alpha.device)
+        return self(relative.new_tensor([positions - 1]), relative).squeeze(0)
 
     def extra_repr(self) -> str:
         """Returns what `print` shows."""

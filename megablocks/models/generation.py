@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from megablocks._checks import (
 )
 from megablocks.layers.cross_attention import check_one_memory
 from megablocks.models.sampling import RowGenerators, TokenSampler
-from megablocks.models.workspace import Workspace
+from megablocks.models.workspace import CompiledSteps, Read, Workspace
 from megablocks.state import DecoderState
 
 
@@ -102,8 +102,8 @@ def generate(
             for each row, with which a row draws what it draws alone, or `None` for torch's global one on the CPU. An
             equally seeded generator draws the same tokens from the same logits on every device.
         end_token: The token that ends a row; `None` for none.
-        compiled: Whether to compile the step of one token with `torch.compile`, once for a model and batch size: with
-            chunks for good, without them for each multiple of 128 tokens. That takes a minute; then steps are faster.
+        compiled: Whether to compile the step of one token with `torch.compile`, once for a model and batch size, for
+            texts of any length. That takes a minute; then steps are faster.
 
     Shape:
         - `prompt`: $(B, L)$, int64 or int32; `padding_mask`: $(B, L)$, bool, `True` at padding.
@@ -221,11 +221,10 @@ def _steps(
         tokens, mask, reached = prompt, padding_mask, state
         modules = list(model.modules())
         finished = torch.zeros(prompt.shape[0], dtype=torch.bool, device=prompt.device)
-        working, read = None, next_logits
+        working: Workspace | None = None
+        read: Read = next_logits
         for count in range(max_new_tokens):
-            # Once compiled, steps are alike: nothing need be looked at again to know so.
-            known = torch.compiler.set_stance(skip_guard_eval_unsafe=True) if compiled and count > 1 else nullcontext()
-            with evaluating(modules), known:
+            with evaluating(modules):
                 if reached is None:
                     reached = starting_state(model, prompt, source, source_padding_mask)
                 logits, reached = read(model, tokens, mask, reached)
@@ -241,22 +240,21 @@ def _steps(
             if last:
                 return
             if count == 0 and not keep_states:
-                working = Workspace.of(model, reached, max_new_tokens - 1, rounded=compiled)
+                working = Workspace.of(model, reached, max_new_tokens - 1)
                 reached = reached if working is None else working.state
                 if compiled and working is not None:  # other keys may grow: every step would be compiled anew
-                    read = _compiled_step()
+                    read = CompiledSteps(next_logits, _compiled_step(), model, working, ends=end_token is not None)
             # What a finished row would read is padding, so that its state stands still.
-            tokens, mask = chosen.unsqueeze(1), finished.unsqueeze(1) if ended or compiled else None
+            stands = ended or (compiled and end_token is not None)
+            tokens, mask = chosen.unsqueeze(1), finished.unsqueeze(1) if stands else None
 
     return steps()
 
 
 @cache
-def _compiled_step() -> Callable[..., tuple[Tensor, DecoderState]]:
+def _compiled_step() -> Read:
     # Kernels of one token are so small that calling them from Python would take a third of the time.
-    step: Callable[..., tuple[Tensor, DecoderState]] = torch.compile(
-        next_logits, fullgraph=True, dynamic=False, options={"cpp_wrapper": True}
-    )
+    step: Read = torch.compile(next_logits, fullgraph=True, dynamic=False, options={"cpp_wrapper": True})
     return step
 
 

@@ -1,19 +1,22 @@
-"""A state that one loop works on: its keys are written into instead of being copied at every step."""
+"""What one loop works on: keys that are written into instead of being copied at every step, and a compiled step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from megablocks.layers.gated_attention import MovingAverageGatedAttention
 from megablocks.state import ChunkKeys, DecoderState, FixedKeys, GrowingKeys, WorkingKeys
 
-ROUND = 128
-"""Slots that room for growing keys is a multiple of, where a compiled step should serve more than one length."""
+WINDOW = 32
+"""Slots that the keys of a compiled step are a multiple of, so that most steps have the shapes of the step before."""
+
+Read = Callable[[nn.Module, Tensor, Tensor | None, DecoderState], tuple[Tensor, DecoderState]]
+"""Reads a segment: a model, its tokens, their padding, a state; returns logits and the state after it."""
 
 
 class Workspace(NamedTuple):
@@ -23,28 +26,27 @@ class Workspace(NamedTuple):
     originals: tuple[ChunkKeys | GrowingKeys | FixedKeys, ...]
 
     @classmethod
-    def of(cls, model: nn.Module, state: DecoderState, steps: int, *, rounded: bool) -> Workspace | None:
+    def of(cls, model: nn.Module, state: DecoderState, steps: int) -> Workspace | None:
         """Returns a workspace for at most so many steps, or `None` where some keys are not this package's alone.
 
         Args:
             model: What will read the tokens.
             state: Stays as it is.
             steps: Tokens that each row will read at most.
-            rounded: Whether to leave room for more tokens, so that fewer shapes occur.
         """
         originals: list[ChunkKeys | GrowingKeys | FixedKeys] = []
 
         def working(keys: ChunkKeys | GrowingKeys | FixedKeys) -> Any:
-            slots = keys.keys.shape[1]
+            slots, longest = keys.keys.shape[1], int(keys.length.max())
             if isinstance(keys, GrowingKeys):
                 slots += steps
-                slots = -(-slots // ROUND) * ROUND if rounded else slots
-            elif isinstance(keys, FixedKeys) and int(keys.length.max()) + steps > slots:
+            elif isinstance(keys, FixedKeys) and longest + steps > slots:
                 return keys  # too few slots: the state says so when it comes to that
             originals.append(keys)
-            missing = slots - keys.keys.shape[1]
-            own, values = (F.pad(t, (0, 0, 0, missing)) if missing else t.clone() for t in keys[:2])
-            return WorkingKeys(own, values, keys.length)
+            own, values = (_room(tensor, slots) for tensor in keys[:2])
+            chunk_size = slots if isinstance(keys, ChunkKeys) else None
+            begin = longest if longest == int(keys.length.min()) else None
+            return WorkingKeys(own, values, keys.length, chunk_size, begin)
 
         made: DecoderState = _map_keys(working, state)
         ours = sum(isinstance(module, MovingAverageGatedAttention) and module.causal for module in model.modules())
@@ -52,21 +54,109 @@ class Workspace(NamedTuple):
 
     def settled(self, state: DecoderState) -> DecoderState:
         """Returns what the loop has come to as a state of the kind that it began with."""
-        originals = iter(self.originals)
+        originals, rooms = iter(self.originals), iter(_working_keys(self.state))
 
         def settle(keys: WorkingKeys) -> Any:
-            original = next(originals)
-            slots, length = keys.keys.shape[1], keys.length
+            original, room = next(originals), next(rooms)
+            slots, length = room.keys.shape[1], keys.length
             if isinstance(original, GrowingKeys):
                 slots = original.keys.shape[1] + int((length - original.length).max())
             elif isinstance(original, ChunkKeys):
                 length = length % slots
             empty = (torch.arange(slots, device=length.device) >= length.unsqueeze(-1)).unsqueeze(-1)
-            own, values = (tensor[:, :slots].masked_fill(empty, 0.0) for tensor in keys[:2])
+            own, values = (tensor[:, :slots].masked_fill(empty, 0.0) for tensor in room[:2])
             return type(original)(own, values, length)
 
         settled: DecoderState = _map_keys(settle, state)
         return settled
+
+
+class CompiledSteps:
+    """Reads the tokens of a loop with a compiled step, which is shown as much of the keys as has been written.
+
+    Lengths that grow are marked as such, so that the step is compiled once and serves them all.
+
+    Args:
+        plain: What reads a segment without being compiled.
+        compiled: The same, compiled.
+        model: What will read the tokens.
+        working: What the loop works on.
+        ends: Whether rows may come to stand still.
+    """
+
+    def __init__(self, plain: Read, compiled: Read, model: nn.Module, working: Workspace, *, ends: bool) -> None:
+        self._plain, self._compiled = plain, compiled
+        self._rooms = _working_keys(working.state)
+        self._together = not ends and all(keys.begin is not None for keys in self._rooms)
+        self._position = max((int(keys.length.max()) for keys in self._rooms), default=0)
+        self._reach = min((bias.max_positions for bias in _limited_biases(model)), default=math.inf)
+        self._ends: list[int] | None = None
+
+    def __call__(
+        self, model: nn.Module, tokens: Tensor, padding_mask: Tensor | None, state: DecoderState
+    ) -> tuple[Tensor, DecoderState]:
+        """Reads one token of each row."""
+        position, first = self._position, self._ends is None
+        self._position += 1
+        if first or position >= self._reach:  # the first step makes tables; behind a bias's reach one says so
+            self._ends = []
+            return self._plain(model, tokens, padding_mask, state)
+        ends = [self._end(keys, position) for keys in self._rooms]
+        if ends == self._ends:  # steps are alike: nothing need be looked at again to know so
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                return self._compiled(model, tokens, padding_mask, state)
+        self._ends = ends
+        return self._compiled(model, tokens, padding_mask, self._windowed(state, ends))
+
+    def _end(self, keys: WorkingKeys, position: int) -> int:
+        """Slots that are shown when the token at a position is read."""
+        most: float = keys.keys.shape[1]
+        if keys.chunk_size is None:
+            most = min(most, self._reach)
+        elif self._together:
+            position %= keys.chunk_size
+        else:
+            return keys.chunk_size
+        return int(min(-(-(position + 1) // WINDOW) * WINDOW, most))
+
+    def _windowed(self, state: DecoderState, ends: list[int]) -> DecoderState:
+        rooms = iter(zip(self._rooms, ends, strict=True))
+
+        def windowed(keys: WorkingKeys) -> WorkingKeys:
+            room, end = next(rooms)
+            seen = room._replace(
+                keys=room.keys[:, :end], values=room.values[:, :end], length=keys.length, begin=None, bias=keys.bias
+            )
+            if room.chunk_size is None or self._together:
+                torch._dynamo.maybe_mark_dynamic(seen.keys, 1)
+                torch._dynamo.maybe_mark_dynamic(seen.values, 1)
+            if room.chunk_size is None and seen.bias is not None:
+                torch._dynamo.maybe_mark_dynamic(seen.bias, 0)
+            return seen
+
+        shown: DecoderState = _map_keys(windowed, state)
+        return shown
+
+
+def _room(tensor: Tensor, slots: int) -> Tensor:
+    """So many slots (B, S, ...) that begin with those of a tensor; S is outermost, so that no stride depends on it."""
+    room = tensor.new_zeros(slots, tensor.shape[0], *tensor.shape[2:]).transpose(0, 1)
+    room[:, : tensor.shape[1]] = tensor
+    return room
+
+
+def _limited_biases(model: nn.Module) -> Iterator[Any]:
+    """Biases that do not reach as far as positions may grow."""
+    for part in model.modules():
+        bias: Any = getattr(part, "position_bias", None)
+        if hasattr(bias, "max_positions") and getattr(part, "chunk_size", None) is None:
+            yield bias
+
+
+def _working_keys(state: DecoderState) -> list[WorkingKeys]:
+    found: list[WorkingKeys] = []
+    _map_keys(found.append, state)
+    return found
 
 
 def _map_keys(function: Callable[[Any], Any], state: Any) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from laws import assert_same, assert_states_close, tensors
-from megablocks import MegaLanguageModel, generate, mega_decoder, stream
+from megablocks import MegaDecoder, MegaLanguageModel, MovingAverageGatedAttention, generate, mega_decoder, stream
 from megablocks.models.workspace import Workspace
 from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys
 
@@ -60,31 +61,73 @@ def test_a_short_simple_bias_says_so_only_when_it_is_reached():
 def test_keys_of_other_layers_are_left_alone():
     language_model = model()
     state = language_model.init_state(2)
-    assert Workspace.of(language_model, state, 4, rounded=False) is not None
-    assert Workspace.of(torch.nn.Linear(1, 1), state, 4, rounded=False) is None
+    assert Workspace.of(language_model, state, 4) is not None
+    assert Workspace.of(torch.nn.Linear(1, 1), state, 4) is None
 
 
-def test_room_for_compiled_steps_comes_in_few_sizes():
-    language_model = model()
-    sizes = set()
-    for steps in (3, 40, 100):
-        workspace = Workspace.of(language_model, language_model.init_state(2), steps, rounded=True)
-        sizes.add(workspace.state.layers[0].attention.keys.keys.shape[1])
-    assert sizes == {128}
-
-
-def test_a_compiled_step_generates_the_same(monkeypatch):
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts the graphs that are compiled; they are run without inductor, which the tests of inductor are for."""
     from megablocks.models import generation
 
-    monkeypatch.setattr(
-        generation, "_compiled_step", lambda: torch.compile(generation.next_logits, backend="aot_eager", fullgraph=True)
-    )
-    for chunk_size in (None, 4):
-        language_model = model(chunk_size)
-        options = {"max_new_tokens": 9, "padding_mask": PADDED, "end_token": 7}
-        plain, compiled = (generate(language_model, PROMPT, **options, compiled=way) for way in (False, True))
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(generation.next_logits, backend=counter, fullgraph=True, dynamic=False)
+    monkeypatch.setattr(generation, "_compiled_step", lambda: step)
+    return counter
+
+
+@pytest.mark.parametrize("position_bias", ["rotary", "simple"])
+@pytest.mark.parametrize("padding_mask", [None, PADDED], ids=["even", "padded"])
+@pytest.mark.parametrize("end_token", [None, 7])
+@pytest.mark.parametrize("chunk_size", [None, 4, 40])
+def test_a_compiled_step_generates_the_same(graphs, chunk_size, end_token, padding_mask, position_bias):
+    options = {"max_positions": 128} if position_bias == "simple" else {}
+    language_model = model(chunk_size, position_bias=position_bias, **options)
+    for new in (3, 75):
+        given = {"max_new_tokens": new, "padding_mask": padding_mask, "end_token": end_token}
+        plain, compiled = (generate(language_model, PROMPT, **given, compiled=way) for way in (False, True))
         assert_same(compiled.tokens, plain.tokens)
         assert_states_close(compiled.state, plain.state)
+    assert graphs.frame_count <= 1
+
+
+def test_one_compiled_step_serves_every_length(graphs):
+    language_model = model()
+    for prompt, new in ((PROMPT, 40), (PROMPT.repeat(1, 9), 90), (PROMPT.repeat(1, 20), 10)):
+        plain, compiled = (generate(language_model, prompt, max_new_tokens=new, compiled=way) for way in (False, True))
+        assert_same(compiled.tokens, plain.tokens)
+    state = language_model.init_state(2, capacity=77)
+    assert generate(language_model, PROMPT, max_new_tokens=60, state=state, compiled=True).tokens.shape == (2, 60)
+    assert graphs.frame_count == 1
+
+
+def test_a_compiled_step_does_not_go_beyond_a_bias(graphs):
+    language_model = model(position_bias="simple", max_positions=50)
+    wanted = generate(language_model, PROMPT, max_new_tokens=45)
+    assert_same(generate(language_model, PROMPT, max_new_tokens=45, compiled=True).tokens, wanted.tokens)
+    with pytest.raises(ValueError, match="`max_positions=50` cannot serve 51"):
+        generate(language_model, PROMPT, max_new_tokens=46, compiled=True)
+
+
+@pytest.mark.parametrize("padding_mask", [None, PADDED], ids=["even", "padded"])
+def test_a_bias_of_ones_own_may_have_a_table(padding_mask):
+    class Slope(torch.nn.Module):
+        def forward(self, queries, keys):
+            return (keys - queries.unsqueeze(-1)).double()
+
+    class Tabled(Slope):
+        def table(self, positions):
+            return torch.arange(1 - positions, positions).double()
+
+    def tokens(bias, chunk_size):
+        torch.manual_seed(0)
+        layer = MovingAverageGatedAttention(16, 8, position_bias=bias, chunk_size=chunk_size)
+        language_model = MegaLanguageModel(MegaDecoder([layer]), vocab_size=11).double()
+        return generate(language_model, PROMPT, padding_mask=padding_mask, max_new_tokens=20).tokens
+
+    for chunk_size in (None, 4):
+        assert_same(tokens(Tabled(), chunk_size), tokens(Slope(), chunk_size))
 
 
 def test_compiled_must_be_a_flag():
