@@ -93,10 +93,10 @@ def decode(*, batch: int, prompt: int, tokens: int, compiled: bool = False, **si
 
 
 def read_prompt(*, batch: int, length: int, **sizes: Any) -> Solve:
-    """The logits of a prompt, and the state behind it."""
+    """The state behind a prompt, and the logits of its last token, as `generate` reads it."""
     model = language_model(**sizes)
     state = model.init_state(batch)
-    return inference(lambda tokens: model(tokens, state=state)[0], torch.randint(256, (batch, length)))
+    return inference(lambda tokens: model(tokens, state=state, last_only=True)[0], torch.randint(256, (batch, length)))
 
 
 def decode_from(*, position: int, tokens: int, **sizes: Any) -> Solve:

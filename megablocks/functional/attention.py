@@ -17,7 +17,17 @@ from torch import Tensor
 
 from megablocks._checks import values_readable
 from megablocks.functional.attention_function import Attention
-from megablocks.functional.padding import Slots, Span, pad_to_multiple, real_lengths, slots, take, zero_padding
+from megablocks.functional.padding import (
+    Slots,
+    Span,
+    last_padding,
+    last_real_position,
+    pad_to_multiple,
+    real_lengths,
+    slots,
+    take,
+    zero_padding,
+)
 from megablocks.functional.position import simple_bias
 from megablocks.functional.sight import PositionBias, Sight, TabledBias, apply_weights, attend, attend_sight
 from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys, KeyState, WorkingKeys
@@ -85,6 +95,7 @@ def streamed_attention(
     padding_mask: Tensor | None = None,
     dropout: Callable[[Tensor], Tensor] | None = None,
     need_weights: bool = True,
+    last_only: bool = False,
 ) -> tuple[Tensor, Tensor | None, KeyState]:
     """Attends causally from a segment to itself and to the keys of a state.
 
@@ -98,6 +109,7 @@ def streamed_attention(
         padding_mask: $(B, L)$, bool, `True` at padding.
         dropout: Applied to the weights; `None` where nothing is dropped.
         need_weights: Whether to return the weights.
+        last_only: Whether each row's last real query alone attends, as if $L$ were 1.
 
     Returns:
         The output $(B, L, V)$, zero at padding; the weights, $(B, 1, L, S)$ over the slots of the state or, for a
@@ -109,11 +121,13 @@ def streamed_attention(
     shape = (q.shape[0], q.shape[1])
     length, held = q.shape[1], state.keys.shape[1]
     size = held if isinstance(state, ChunkKeys) else None
-    if size is not None:
-        count = held + length - 1 if length <= size else -(-(held + length - 1) // size) * size
-    else:
-        count = held if isinstance(state, FixedKeys) else held + length
     begin = _common_position(state.length) if padding_mask is None else None
+    if size is None:
+        count = held if isinstance(state, FixedKeys) else held + length
+    elif begin is not None:
+        count = -(-(begin + length) // size) * size
+    else:
+        count = held + length - 1 if length <= size else -(-(held + length - 1) // size) * size
     layout: Slots | Span = (
         slots(shape, count, padding_mask=padding_mask, offset=state.length)
         if begin is None
@@ -125,10 +139,13 @@ def streamed_attention(
     keys, values = _append(state.keys, k, layout), _append(state.values, v, layout)
 
     seen = (keys.to(k.dtype), values.to(v.dtype), function)
-    if size is not None and length > size:
+    at = layout.slot
+    if last_only:
+        q, padding_mask = last_real_position(q, padding_mask), last_padding(padding_mask)
+        at = at[-1:] if begin is not None else (total - 1).clamp(min=0).unsqueeze(-1)
+    elif size is not None and length > size:
         out, weights = _in_chunks(layout.put(q), *seen, size, True, layout.filled, **options)
         return layout.back(out), weights, _next_state(state, keys, values, total)
-    at = layout.slot
     slot = torch.arange(count, device=q.device)
     if size is None or count == size:
         out, weights = attend_sight(q, *seen, Sight(at, slot, causal=True), **options)
@@ -139,6 +156,19 @@ def streamed_attention(
     out = zero_padding(out, padding_mask)
     weights = zero_padding(weights, padding_mask).unsqueeze(1) if weights is not None and need_weights else None
     return out, weights, _next_state(state, keys, values, total)
+
+
+def passed_chunks(state: KeyState, length: int) -> tuple[int, KeyState]:
+    """Returns how many tokens of a segment stand in chunks before that of its last token, and the keys behind them.
+
+    It counts those in front only where all rows stand alike and there is no padding; otherwise there are none.
+    """
+    begin = _common_position(state.length) if isinstance(state, ChunkKeys) else None
+    size = state.keys.shape[1]
+    passed = 0 if begin is None else (begin + length - 1) // size * size - begin
+    if passed <= 0:
+        return 0, state
+    return passed, ChunkKeys(*map(torch.zeros_like, state[:3]))
 
 
 def _in_chunks(
@@ -231,6 +261,8 @@ def _append(held: Tensor, new: Tensor, layout: Slots | Span) -> Tensor:
     """Keys or values of a state, followed in each row by those of the segment: (B, S, ...)."""
     new = new.to(held.dtype)
     if isinstance(layout, Span):
+        if layout.length == layout.total:
+            return new
         empty = held.new_zeros(held.shape[0], layout.total - layout.begin - layout.length, held.shape[2])
         return torch.cat([held[:, : layout.begin], new, empty], dim=1)
     missing = layout.source.shape[1] - held.shape[1]

@@ -112,3 +112,17 @@ def take(x: Tensor, index: Tensor, empty: Tensor | None) -> Tensor:
     trailing = x.shape[2:]
     picked = x.gather(1, index.view(*index.shape, *[1] * len(trailing)).expand(*index.shape, *trailing))
     return zero_padding(picked, empty)
+
+
+def last_real_position(x: Tensor, padding_mask: Tensor | None) -> Tensor:
+    """Returns each row's last real position alone, (B, 1, D); zeros for a row of padding."""
+    if padding_mask is None:
+        return x[:, -1:]
+    steps = torch.arange(x.shape[1], device=x.device)
+    last = torch.where(padding_mask, -1, steps).amax(1, keepdim=True)
+    return take(x, last.clamp(min=0), last < 0)
+
+
+def last_padding(padding_mask: Tensor | None) -> Tensor | None:
+    """Returns the mask of those positions, (B, 1): `True` for a row of padding."""
+    return None if padding_mask is None else padding_mask.all(1, keepdim=True)

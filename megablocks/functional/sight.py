@@ -6,7 +6,8 @@
   cut, and scores are computed for each cut: on a CPU it is three times faster than the whole with one cut, and not the
   fastest with more; on a GPU it is what makes length affordable.
 * In pieces: 512 queries at a time, their weights computed again where gradients are. A causal piece leaves out the keys
-  behind it. It serves every function, every bias and dropout.
+  behind it; without gradients, on a CPU, pieces are of 128 queries, and chunks are cut too. It serves every function,
+  every bias and dropout.
 
 `docs/benchmarks.md` says what was measured.
 """
@@ -29,6 +30,9 @@ from megablocks.functional.transforms import plain_only
 
 WHOLE = 512
 """Keys up to which all weights are made at once, and queries of a piece where they are not."""
+
+PIECE = 128
+"""Queries of a causal piece where no gradients are asked for, on a CPU: the smaller, the fewer keys behind it."""
 
 FEW = 128
 """Keys up to which the backward pass makes outputs from weights again: a small product, for much of what is kept."""
@@ -107,15 +111,22 @@ def attend_sight(
         The output $(B, L, V)$ and the weights $(B, L, S)$ before dropout, or `None`.
     """
     length, seen = q.shape[1], k.shape[1]
-    if need_weights or length * seen <= WHOLE * WHOLE or plain_only(q, k, v):
+    size = PIECE if _leaves_keys_out(q, sight) else WHOLE
+    if need_weights or length * seen <= size * WHOLE or plain_only(q, k, v):
         out, weights = _whole(q, k, v, function, sight, bias, dropout)
         return out, weights if need_weights else None
-    cuts = _fused_cuts(q, v, function, sight, bias, dropout)
+    cuts = _fused_cuts(q, v, function, sight, bias, dropout) if length * seen > WHOLE * WHOLE else 0
     if cuts == 1 or (cuts and (q.is_cuda or torch.compiler.is_compiling())):
         return _fused(q, k, v, sight, bias, cuts), None
     if torch.compiler.is_compiling():  # the number of pieces would make a graph for every length
         return _whole(q, k, v, function, sight, bias, dropout)[0], None
-    return _in_pieces(q, k, v, function, sight, bias, dropout), None
+    return _in_pieces(q, k, v, function, sight, bias, dropout, size), None
+
+
+def _leaves_keys_out(q: Tensor, sight: Sight) -> bool:
+    """Whether small pieces pay: where they are causal, and nothing need be made for a backward pass or a graph."""
+    eager = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return eager and sight.causal and sight.queries.dim() == 1 and q.device.type == "cpu"
 
 
 def _whole(
@@ -251,16 +262,17 @@ def _in_pieces(
     sight: Sight,
     bias: PositionBias | None,
     dropout: Callable[[Tensor], Tensor] | None,
+    size: int,
 ) -> Tensor:
     def attended(sight: Sight, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with remembering_nothing():
             return _whole(q, k, v, function, sight, bias, dropout)[0]
 
     pieces = []
-    for first in range(0, q.shape[1], WHOLE):
-        seen = sight.piece(first, first + WHOLE)
+    for first in range(0, q.shape[1], size):
+        seen = sight.piece(first, first + size)
         end = seen.keys.shape[-1]
-        given = (seen, q[:, first : first + WHOLE], k[:, :end], v[:, :end])
+        given = (seen, q[:, first : first + size], k[:, :end], v[:, :end])
         if torch.is_grad_enabled():
             piece: Tensor = checkpoint(attended, *given, use_reentrant=False, preserve_rng_state=dropout is not None)
         else:

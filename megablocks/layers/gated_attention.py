@@ -23,9 +23,9 @@ from megablocks._checks import (
     values_readable,
 )
 from megablocks.functional.activation import activation_function, rescaled, silu_gate, update_gate
-from megablocks.functional.attention import chunked_attention, streamed_attention
+from megablocks.functional.attention import chunked_attention, passed_chunks, streamed_attention
 from megablocks.functional.attention_function import AttentionFunction
-from megablocks.functional.padding import zero_padding
+from megablocks.functional.padding import last_padding, last_real_position, zero_padding
 from megablocks.functional.recomputation import Recomputation
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
@@ -83,7 +83,8 @@ class MovingAverageGatedAttention(nn.Module):
     Shape:
         - `x`: $(B, L, D)$ with any $L \ge 1$.
         - `padding_mask`: $(B, L)$, bool, `True` at padding.
-        - output: $(B, L, D)$ in the dtype of `x`, zeros at padding; with a state `(output, new_state)`; with
+        - output: $(B, L, D)$ in the dtype of `x`, zeros at padding; with `last_only=True` that of each row's last real
+          token alone, $(B, 1, D)$, without the work for the others; with a state `(output, new_state)`; with
           `trace=True` a `Trace` of the attention weights stands second.
 
     Raises:
@@ -198,19 +199,43 @@ class MovingAverageGatedAttention(nn.Module):
 
     @overload
     def forward(
-        self, x: Tensor, *, padding_mask: Tensor | None = None, state: None = None, trace: Literal[False] = False
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: None = None,
+        last_only: bool = False,
+        trace: Literal[False] = False,
     ) -> Tensor: ...
     @overload
     def forward(
-        self, x: Tensor, *, padding_mask: Tensor | None = None, state: AttentionState, trace: Literal[False] = False
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: AttentionState,
+        last_only: bool = False,
+        trace: Literal[False] = False,
     ) -> tuple[Tensor, AttentionState]: ...
     @overload
     def forward(
-        self, x: Tensor, *, padding_mask: Tensor | None = None, state: None = None, trace: Literal[True]
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: None = None,
+        last_only: bool = False,
+        trace: Literal[True],
     ) -> tuple[Tensor, Trace]: ...
     @overload
     def forward(
-        self, x: Tensor, *, padding_mask: Tensor | None = None, state: AttentionState, trace: Literal[True]
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: AttentionState,
+        last_only: bool = False,
+        trace: Literal[True],
     ) -> tuple[Tensor, Trace, AttentionState]: ...
     def forward(
         self,
@@ -218,9 +243,10 @@ class MovingAverageGatedAttention(nn.Module):
         *,
         padding_mask: Tensor | None = None,
         state: AttentionState | None = None,
+        last_only: bool = False,
         trace: bool = False,
     ) -> Any:
-        """Returns the layer's output; see the class for what `state` and `trace` add."""
+        """Returns the layer's output; see the class for what `state`, `last_only` and `trace` change."""
         check_input("x", x, self.embed_dim)
         check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
         chunk_size = check_optional_size("chunk_size", self.chunk_size, "no chunks")
@@ -237,23 +263,34 @@ class MovingAverageGatedAttention(nn.Module):
         }
         with Recomputation(x) as again:
             inputs = self.norm(x, padding_mask=padding_mask) if self.norm is not None and self.prenorm else x
-            v = self.hidden_dropout(again(self.activation, self.v_proj(inputs)))
+            held: KeyState | None = None
             if state is None:
                 averages, ema_state = self.ema(inputs, padding_mask=padding_mask), None
             else:
                 averages, ema_state = self.ema(inputs, padding_mask=padding_mask, state=state.ema)
+                held = state.keys
+                if last_only and padding_mask is None:
+                    passed, held = passed_chunks(held, x.shape[1])
+                    x, inputs, averages = (part[:, passed:] for part in (x, inputs, averages))
+            v = self.hidden_dropout(again(self.activation, self.v_proj(inputs)))
             moved = self.mx_proj(self.dropout(again(F.silu, averages)))
             update, shared, reset, candidate = moved.split(self._split, dim=-1)
             q, k = again(rescaled, again(F.silu, shared), self.qk_weight, self.qk_bias).unbind(-2)
 
             new_state = None
-            if state is None:
+            if held is None:
                 out, weights = chunked_attention(
                     q, k, v, self.attention, causal=self.causal, chunk_size=chunk_size, **options
                 )
             else:
-                out, weights, keys = streamed_attention(q, k, v, state.keys, self.attention, **options)
+                out, weights, keys = streamed_attention(q, k, v, held, self.attention, last_only=last_only, **options)
                 new_state = AttentionState(ema_state, keys)
+            if last_only:
+                x, update, reset, candidate = (
+                    last_real_position(part, padding_mask) for part in (x, update, reset, candidate)
+                )
+                out = out if state is not None else last_real_position(out, padding_mask)
+                padding_mask = last_padding(padding_mask)
 
             hidden = self.dropout(again(self.activation, candidate + self.h_proj(again(silu_gate, out, reset))))
             y = update_gate(x, hidden.to(x.dtype), update.to(x.dtype))

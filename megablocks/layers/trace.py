@@ -1,10 +1,16 @@
-"""What `trace=True` shows of a call."""
+"""How layers are called: what `trace=True` shows of a call, and calls for the last token alone."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
+
+from megablocks.functional.padding import last_real_position
 
 Shown = Literal[True, "hidden_states"]
 """What `trace` asks a stack for: all, or hidden states alone, without attention weights, which are L x L numbers."""
@@ -38,3 +44,26 @@ def call_for(layer: nn.Module, x: Tensor, state: Any, trace: Shown | bool, **giv
         return returned, None, None
     y, *extras = returned
     return y, extras[0] if trace else None, extras[-1] if state is not None else None
+
+
+def call_for_last(
+    layer: nn.Module,
+    x: Tensor,
+    state: Any,
+    trace: Shown | bool,
+    *,
+    last_only: bool,
+    padding_mask: Tensor | None,
+    **given: Any,
+) -> tuple[Tensor, Any, Any]:
+    """The same with `last_only`, for layers too that do not take it: their output is cut."""
+    taken = last_only and not torch.compiler.is_compiling() and _takes_last_only(type(layer).forward)
+    if taken:
+        given["last_only"] = True
+    y, seen, after = call_for(layer, x, state, trace, padding_mask=padding_mask, **given)
+    return last_real_position(y, padding_mask) if last_only and not taken else y, seen, after
+
+
+@cache
+def _takes_last_only(forward: Callable[..., Any]) -> bool:
+    return "last_only" in inspect.signature(forward).parameters

@@ -151,13 +151,3 @@ def _table(embedding: nn.Module, shape: tuple[int, ...] | None, option: str) -> 
         f"`{option}` needs an embedding with a table `tokens.weight` of shape {shape or '(vocabulary, width)'}, "
         f"but has {found}; use {option}=False."
     )
-
-
-def last_real_position(x: Tensor, padding_mask: Tensor | None) -> Tensor:
-    """Returns each row's last real position alone, (B, 1, D); zeros for a row of padding."""
-    if padding_mask is None:
-        return x[:, -1:]
-    steps = torch.arange(x.shape[1], device=x.device)
-    last = torch.where(padding_mask, -1, steps).amax(1)
-    picked = x.gather(1, last.clamp(min=0).view(-1, 1, 1).expand(-1, 1, x.shape[2]))
-    return zero_padding(picked, (last < 0).unsqueeze(1))

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from megablocks._checks import check_flag, check_probability, check_size, check_streaming_part
-from megablocks.functional.padding import zero_padding
+from megablocks.functional.padding import last_padding, zero_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.gated_attention import refuse_future
-from megablocks.layers.trace import call_for, results
+from megablocks.layers.trace import call_for_last, results
 from megablocks.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
-from megablocks.models.embedding import SharedWeights, TokenEmbedding, created_on, last_real_position, vocabulary_output
+from megablocks.models.embedding import SharedWeights, TokenEmbedding, created_on, vocabulary_output
 from megablocks.stacks import MegaDecoder
 from megablocks.stacks.stack import set_chunk_size
 from megablocks.state import DecoderState
@@ -175,21 +175,20 @@ class MegaLanguageModel(SharedWeights):
     ) -> Any:
         """Returns the logits; see the class for what `state`, `last_only` and `trace` change."""
         x = self.embedding(tokens, padding_mask=padding_mask)
-        x, seen, new_state = call_for(self.decoder, x, state, trace, padding_mask=padding_mask)
-        logits = output_logits(self.output, x, padding_mask, last_only, self.vocab_size)
+        x, seen, new_state = call_for_last(
+            self.decoder, x, state, trace, last_only=last_only, padding_mask=padding_mask
+        )
+        logits = output_logits(
+            self.output, x, last_padding(padding_mask) if last_only else padding_mask, self.vocab_size
+        )
         return results(logits, seen, new_state)
 
     if TYPE_CHECKING:
         __call__ = forward
 
 
-def output_logits(
-    output: nn.Module, x: Tensor, padding_mask: Tensor | None, last_only: bool, vocab_size: int
-) -> Tensor:
-    """Maps the decoder's output to logits, of all positions or of the last real one of each row."""
-    if last_only:
-        x = last_real_position(x, padding_mask)
-        padding_mask = None if padding_mask is None else padding_mask.all(1, keepdim=True)
+def output_logits(output: nn.Module, x: Tensor, padding_mask: Tensor | None, vocab_size: int) -> Tensor:
+    """Maps the decoder's output to logits."""
     logits: Tensor = output(x)
     if logits.shape[-1] != vocab_size:
         raise ValueError(

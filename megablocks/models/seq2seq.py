@@ -18,11 +18,12 @@ from megablocks._checks import (
     check_streaming_part,
     check_tensor,
 )
+from megablocks.functional.padding import last_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.cross_attention import check_one_memory
 from megablocks.layers.gated_attention import refuse_future
-from megablocks.layers.trace import call_for, results
+from megablocks.layers.trace import call_for_last, results
 from megablocks.models.embedding import SharedWeights, TokenEmbedding, created_on, share_table, vocabulary_output
 from megablocks.models.language_model import output_logits
 from megablocks.stacks import MegaDecoder, MegaEncoder
@@ -243,14 +244,15 @@ class MegaSeq2Seq(SharedWeights):
         check_padding_mask("target_padding_mask", target_padding_mask, (target.shape[0], target.shape[1]))
         check_one_memory(source, source_padding_mask, state, name="source")
         x = self.target_embedding(target, padding_mask=target_padding_mask)
-        given: dict[str, Any] = {"padding_mask": target_padding_mask}
+        given: dict[str, Any] = {"last_only": last_only, "padding_mask": target_padding_mask}
         if source is not None:
             check_tensor("source", source, 2)
             check_batch("source", source.shape[0], target.shape[0])
             given["memory"] = self.encode(source, source_padding_mask)
             given["memory_padding_mask"] = source_padding_mask
-        x, seen, new_state = call_for(self.decoder, x, state, trace, **given)
-        return results(output_logits(self.output, x, target_padding_mask, last_only, self.vocab_size), seen, new_state)
+        x, seen, new_state = call_for_last(self.decoder, x, state, trace, **given)
+        padding = last_padding(target_padding_mask) if last_only else target_padding_mask
+        return results(output_logits(self.output, x, padding, self.vocab_size), seen, new_state)
 
     if TYPE_CHECKING:
         __call__ = forward

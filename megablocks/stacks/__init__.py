@@ -1,6 +1,7 @@
 """Stacks: the order of layers, their residuals and states. They know no vocabulary."""
 
-from megablocks.stacks.decoder import MegaDecoder, MegaDecoderLayer, mega_decoder
+from megablocks.stacks.decoder import MegaDecoder, mega_decoder
+from megablocks.stacks.decoder_layer import MegaDecoderLayer
 from megablocks.stacks.encoder import MegaEncoder, MegaEncoderLayer, mega_encoder
 
 __all__ = [

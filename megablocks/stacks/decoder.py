@@ -1,4 +1,4 @@
-"""Decoder layers and stacks: tokens see what came before them, and a memory where there is one."""
+"""Decoders: layers in a row, their states, and a memory for those that attend to one."""
 
 from __future__ import annotations
 
@@ -12,172 +12,24 @@ from torch import Tensor, nn
 from megablocks._checks import (
     check_batch,
     check_input,
-    check_module,
     check_padding_mask,
     check_size,
     check_state,
-    check_streaming_part,
     check_trace,
 )
-from megablocks.functional.padding import zero_padding
+from megablocks.functional.padding import last_padding, last_real_position, zero_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.cross_attention import check_one_memory
 from megablocks.layers.gated_attention import refuse_future
-from megablocks.layers.trace import Shown, call_for, results
+from megablocks.layers.trace import Shown, call_for_last, results
+from megablocks.stacks.decoder_layer import MegaDecoderLayer, check_memory
 from megablocks.stacks.options import LayerOptions, layer_parts
 from megablocks.stacks.stack import Stack, merged_trace
-from megablocks.state import DecoderLayerState, DecoderState
+from megablocks.state import DecoderState
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-@remembers_arguments
-class MegaDecoderLayer(nn.Module):
-    """Puts cross-attention and a feed-forward layer, where given, behind a causal self-attention layer.
-
-    Args:
-        attention: A causal `MovingAverageGatedAttention`, or a module called like one.
-        cross_attention: A `GatedCrossAttention`, or a module called like one; `None` for none.
-        feed_forward: A `NormalizedFFN`, or a module called like one; `None` for none.
-
-    Shape:
-        - `x`: $(B, L, D)$; `memory`: $(B, M, D)$, required with cross-attention and without a state.
-        - `padding_mask`: $(B, L)$; `memory_padding_mask`: $(B, M)$; bool, `True` at padding.
-        - output: $(B, L, D)$, zeros at padding; with a state `(output, new_state)`; with `trace=True` a `Trace` stands
-          second.
-
-    Raises:
-        ValueError: If a part would see the future (bidirectional averages or attention, batch statistics), or if a
-            memory is missing, superfluous, or given together with a state.
-
-    Example:
-        >>> layer = MegaDecoderLayer(MovingAverageGatedAttention(32, 16), GatedCrossAttention(32, 16)).eval()
-        >>> x, memory = torch.randn(2, 5, 32), torch.randn(2, 9, 32)
-        >>> whole = layer(x, memory)
-        >>> state = layer.init_state(2, memory)
-        >>> first, state = layer(x[:, :2], state=state)
-        >>> rest, state = layer(x[:, 2:], state=state)
-        >>> torch.testing.assert_close(torch.cat([first, rest], dim=1), whole)
-
-    References:
-        Ma et al., section 3.3, [arXiv:2209.10655](https://arxiv.org/abs/2209.10655).
-    """
-
-    def __init__(
-        self,
-        attention: nn.Module,
-        cross_attention: nn.Module | None = None,
-        feed_forward: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        check_module("attention", attention, "a MovingAverageGatedAttention")
-        if cross_attention is not None:
-            check_streaming_part("cross_attention", cross_attention, "a GatedCrossAttention")
-        if feed_forward is not None:
-            check_module("feed_forward", feed_forward, "a NormalizedFFN")
-        self.attention = attention
-        self.cross_attention = cross_attention
-        self.feed_forward = feed_forward
-        refuse_future(self)
-
-    @property
-    def embed_dim(self) -> int:
-        """Model width $D$, that of the attention layer."""
-        width: int = self.attention.embed_dim  # type: ignore[assignment]
-        return width
-
-    @property
-    def takes_memory(self) -> bool:
-        """Whether the layer attends to a memory."""
-        return self.cross_attention is not None
-
-    def init_state(
-        self,
-        batch_size: int,
-        memory: Tensor | None = None,
-        memory_padding_mask: Tensor | None = None,
-        *,
-        capacity: int | None = None,
-    ) -> DecoderLayerState:
-        """Returns the state before the first token; see `MegaDecoder.init_state`."""
-        self._check_memory(memory, memory_padding_mask)
-        fixed = {} if capacity is None else {"capacity": capacity}
-        attention = self.attention.init_state(batch_size, **fixed)  # type: ignore[operator]
-        cross = None
-        if self.cross_attention is not None:
-            cross = self.cross_attention.init_state(memory, memory_padding_mask)  # type: ignore[operator]
-        return DecoderLayerState(attention, cross)
-
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor | None = None,
-        *,
-        padding_mask: Tensor | None = None,
-        memory_padding_mask: Tensor | None = None,
-        state: None = None,
-        trace: Literal[False] = False,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor | None = None,
-        *,
-        padding_mask: Tensor | None = None,
-        memory_padding_mask: Tensor | None = None,
-        state: None = None,
-        trace: Literal[True],
-    ) -> tuple[Tensor, Trace]: ...
-    @overload
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        padding_mask: Tensor | None = None,
-        state: DecoderLayerState,
-        trace: Literal[False] = False,
-    ) -> tuple[Tensor, DecoderLayerState]: ...
-    @overload
-    def forward(
-        self, x: Tensor, *, padding_mask: Tensor | None = None, state: DecoderLayerState, trace: Literal[True]
-    ) -> tuple[Tensor, Trace, DecoderLayerState]: ...
-    def forward(
-        self,
-        x: Tensor,
-        memory: Tensor | None = None,
-        *,
-        padding_mask: Tensor | None = None,
-        memory_padding_mask: Tensor | None = None,
-        state: DecoderLayerState | None = None,
-        trace: bool = False,
-    ) -> Any:
-        """Returns the layer's output; see the class for what `state` and `trace` add."""
-        if state is None:
-            self._check_memory(memory, memory_padding_mask)
-        else:
-            check_one_memory(memory, memory_padding_mask, state)
-            check_state(state, DecoderLayerState, "MegaDecoderLayer")
-        inner, cross = (None, None) if state is None else state
-        x, seen, inner = call_for(self.attention, x, inner, trace, padding_mask=padding_mask)
-        traces = [seen]
-        if self.cross_attention is not None:
-            given = {} if state is not None else {"memory": memory, "memory_padding_mask": memory_padding_mask}
-            x, seen, cross = call_for(self.cross_attention, x, cross, trace, padding_mask=padding_mask, **given)
-            traces.append(seen)
-        if self.feed_forward is not None:
-            x = self.feed_forward(x, padding_mask=padding_mask)
-        new_state = None if state is None else DecoderLayerState(inner, cross)
-        return results(x, merged_trace([], traces) if trace else None, new_state)
-
-    def _check_memory(self, memory: Tensor | None, memory_padding_mask: Tensor | None) -> None:
-        check_memory("MegaDecoderLayer", self.takes_memory, memory, memory_padding_mask)
-
-    if TYPE_CHECKING:
-        __call__ = forward
 
 
 @remembers_arguments
@@ -196,8 +48,9 @@ class MegaDecoder(Stack):
     Shape:
         - `x`: $(B, L, D)$; `memory`: $(B, M, D)$.
         - `padding_mask`: $(B, L)$; `memory_padding_mask`: $(B, M)$; bool, `True` at padding.
-        - output: $(B, L, D)$, zeros at padding; with a state `(output, new_state)`; with `trace=True` a `Trace` stands
-          second: its `hidden_states` hold the input and the output of each layer, the last before the final norm.
+        - output: $(B, L, D)$, zeros at padding; with `last_only=True` that of each row's last real token alone,
+          $(B, 1, D)$; with a state `(output, new_state)`; with `trace=True` a `Trace` stands second: its
+          `hidden_states` hold the input and the output of each layer, the last before the final norm.
           `trace="hidden_states"` shows them alone and makes no attention weights, which for long unchunked sequences
           would not fit into memory.
 
@@ -205,6 +58,10 @@ class MegaDecoder(Stack):
         ValueError: If there is no layer, if a layer would see the future (bidirectional averages or attention, batch
             statistics), if a memory is missing, superfluous, or given together with a state.
         TypeError: If something in `layers` is not a module, or a mask is not bool.
+
+    Note:
+        Reading a prompt with `last_only=True` and a state, in eval mode, leaves out what the last layer would do for
+        other tokens: it averages them all and attends in the last chunk alone, or with the last query alone.
 
     Example:
         >>> decoder = MegaDecoder([MovingAverageGatedAttention(32, 16, chunk_size=4) for _ in range(2)]).eval()
@@ -270,6 +127,7 @@ class MegaDecoder(Stack):
         padding_mask: Tensor | None = None,
         memory_padding_mask: Tensor | None = None,
         state: None = None,
+        last_only: bool = False,
         trace: Literal[False] = False,
     ) -> Tensor: ...
     @overload
@@ -281,15 +139,28 @@ class MegaDecoder(Stack):
         padding_mask: Tensor | None = None,
         memory_padding_mask: Tensor | None = None,
         state: None = None,
+        last_only: bool = False,
         trace: Shown,
     ) -> tuple[Tensor, Trace]: ...
     @overload
     def forward(
-        self, x: Tensor, *, padding_mask: Tensor | None = None, state: DecoderState, trace: Literal[False] = False
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: DecoderState,
+        last_only: bool = False,
+        trace: Literal[False] = False,
     ) -> tuple[Tensor, DecoderState]: ...
     @overload
     def forward(
-        self, x: Tensor, *, padding_mask: Tensor | None = None, state: DecoderState, trace: Shown
+        self,
+        x: Tensor,
+        *,
+        padding_mask: Tensor | None = None,
+        state: DecoderState,
+        last_only: bool = False,
+        trace: Shown,
     ) -> tuple[Tensor, Trace, DecoderState]: ...
     def forward(
         self,
@@ -299,9 +170,10 @@ class MegaDecoder(Stack):
         padding_mask: Tensor | None = None,
         memory_padding_mask: Tensor | None = None,
         state: DecoderState | None = None,
+        last_only: bool = False,
         trace: Shown | bool = False,
     ) -> Any:
-        """Returns the decoded sequence; see the class for what `state` and `trace` add."""
+        """Returns the decoded sequence; see the class for what `state`, `last_only` and `trace` change."""
         check_input("x", x, self._width)
         check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
         if state is None:
@@ -316,14 +188,21 @@ class MegaDecoder(Stack):
                 )
         check_trace(trace)
         hidden_states: list[Tensor] | None = [] if trace else None
+        # In training the output of a layer that is dropped is its whole input; a trace shows whole hidden states.
+        early = last_only and state is not None and x.shape[1] > 1 and not trace and not self.training
 
         def call(layer: nn.Module, index: int, x: Tensor) -> tuple[Any, ...]:
             given: dict[str, Any] = {"padding_mask": padding_mask}
             if state is None and _takes_memory(layer):
                 given |= {"memory": memory, "memory_padding_mask": memory_padding_mask}
-            return call_for(layer, x, None if state is None else state.layers[index], trace is True, **given)
+            before = None if state is None else state.layers[index]
+            last = early and index == len(self.layers) - 1
+            return call_for_last(layer, x, before, trace is True, last_only=last, **given)
 
         x, extras = self._through(zero_padding(x, padding_mask), call, hidden_states)
+        if last_only:
+            x = x if early else last_real_position(x, padding_mask)
+            padding_mask = last_padding(padding_mask)
         x = self._finished(x, padding_mask)
         seen = (
             None if hidden_states is None else merged_trace(hidden_states, filter(None, [seen for seen, _ in extras]))
@@ -382,18 +261,6 @@ def mega_decoder(
         norm = parts.final_norm(embed_dim, affine=final_norm_affine)
         decoder = MegaDecoder(layers, final_norm=norm, layer_drop=layer_drop, checkpoint=checkpoint)
     return decoder if dtype is None else decoder.to(dtype)
-
-
-def check_memory(owner: str, takes: bool, memory: Tensor | None, memory_padding_mask: Tensor | None) -> None:
-    """Raises unless a memory is given where one is attended to, and only there, and its mask only with it."""
-    if takes:
-        check_one_memory(memory, None, None)
-    elif memory is not None or memory_padding_mask is not None:
-        what = "memory" if memory is not None else "memory_padding_mask"
-        raise ValueError(
-            f"This {owner} has no cross-attention, but got a `{what}`; make its layers with "
-            f"`cross_attention=GatedCrossAttention(...)`, or leave the {what} out."
-        )
 
 
 def _takes_memory(layer: nn.Module) -> bool:
