@@ -88,9 +88,9 @@ def decode(*, batch: int, prompt: int, tokens: int, **options: Any) -> Solve:
 
 
 def read_prompt(*, batch: int, length: int, **options: Any) -> Solve:
-    """The logits of a prompt. It makes no state: with chunks the port has none."""
+    """The logits of a prompt, of which the last count. It makes no state: with chunks the port has none."""
     model = MegaForCausalLM(config(causal=True, **options)).eval()
-    return inference(lambda tokens: model(tokens, use_cache=False).logits, torch.randint(256, (batch, length)))
+    return inference(lambda tokens: model(tokens, use_cache=False).logits[:, -1:], torch.randint(256, (batch, length)))
 
 
 if __name__ == "__main__":

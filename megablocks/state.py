@@ -73,10 +73,10 @@ class WorkingKeys(NamedTuple):
     there are chunks.
     """
 
-    keys: Tensor
-    """`(B, S, Z)`; slots behind that of the newest token may hold anything."""
-    values: Tensor
-    """`(B, S, V)`."""
+    room: Tensor
+    """`(B, S, Z + V)`: a key and a value in each slot; behind the newest token slots may hold anything."""
+    qk_dim: int
+    """Z."""
     length: Tensor
     """`(B,)`, int64: real tokens of each row since its first slot was filled first."""
     chunk_size: int | None
@@ -85,6 +85,16 @@ class WorkingKeys(NamedTuple):
     """The slot of the next token, where it is the same in all rows and that is known without looking."""
     bias: Tensor | None = None
     """`(2P - 1,)`: the position bias by relative position, made in the first step, if the bias has a `table`."""
+
+    @property
+    def keys(self) -> Tensor:
+        """`(B, S, Z)`, a view."""
+        return self.room[..., : self.qk_dim]
+
+    @property
+    def values(self) -> Tensor:
+        """`(B, S, V)`, a view."""
+        return self.room[..., self.qk_dim :]
 
 
 KeyState = ChunkKeys | GrowingKeys | FixedKeys | WorkingKeys

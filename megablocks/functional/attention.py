@@ -168,7 +168,7 @@ def passed_chunks(state: KeyState, length: int) -> tuple[int, KeyState]:
     passed = 0 if begin is None else (begin + length - 1) // size * size - begin
     if passed <= 0:
         return 0, state
-    return passed, ChunkKeys(*map(torch.zeros_like, state[:3]))
+    return passed, ChunkKeys(*(torch.zeros_like(part) for part in (state.keys, state.values, state.length)))
 
 
 def _in_chunks(
@@ -218,24 +218,23 @@ def _in_place(
     """Attends from one token to those before it and itself, which it puts among them; padding is written over later."""
     table = state.bias
     if table is None and isinstance(bias, TabledBias):
-        table = bias.table(state.keys.shape[1]).detach()
-    own = (state.keys, k.to(state.keys.dtype)), (state.values, v.to(state.values.dtype))
+        table = bias.table(state.room.shape[1]).detach()
+    own = torch.cat([k, v], dim=-1).to(state.room.dtype)
     begin = state.begin if padding_mask is None else None
     if begin is not None:
         after: int | None = begin + 1 if state.chunk_size is None else (begin + 1) % state.chunk_size
-        for held, new in own:
-            held[:, begin : begin + 1] = new
+        state.room[:, begin : begin + 1] = own
         end, at = begin + 1, torch.tensor([begin], device=q.device)
         if table is not None:
             bias = partial(_bias_of_newest, table)
     else:
         after, at = None, state.length if state.chunk_size is None else state.length % state.chunk_size
-        for held, new in own:
-            held[torch.arange(q.shape[0], device=q.device), at] = new.squeeze(1)
-        end, at = int(at.max()) + 1 if values_readable(at) else state.keys.shape[1], at.unsqueeze(-1)
+        state.room[torch.arange(q.shape[0], device=q.device), at] = own.squeeze(1)
+        end, at = int(at.max()) + 1 if values_readable(at) else state.room.shape[1], at.unsqueeze(-1)
         if table is not None:
             bias = partial(simple_bias, table)
-    keys, values = state.keys[:, :end].to(k.dtype), state.values[:, :end].to(v.dtype)
+    seen = state.room[:, :end]
+    keys, values = seen[..., : state.qk_dim].to(k.dtype), seen[..., state.qk_dim :].to(v.dtype)
     sight = Sight(at, torch.arange(end, device=q.device), causal=begin is None)
     out, weights = attend_sight(q, keys, values, function, sight, bias=bias, **options)
     out = zero_padding(out, padding_mask)

@@ -316,20 +316,22 @@ class MovingAverageGatedAttention(nn.Module):
                 f"`state` was made under chunk_size={made_under}, but the layer now has chunk_size={chunk_size}; "
                 "a stream keeps the chunk size it began with."
             )
-        check_state_shape("state.keys.keys", keys.keys, (keys.keys.shape[1], self.qk_dim))
-        check_state_shape("state.keys.values", keys.values, (keys.keys.shape[1], self.value_dim))
-        check_batch("state", keys.keys.shape[0], batch)
+        if not isinstance(keys, WorkingKeys):  # made of a state that has been looked at
+            check_state_shape("state.keys.keys", keys.keys, (keys.keys.shape[1], self.qk_dim))
+            check_state_shape("state.keys.values", keys.values, (keys.keys.shape[1], self.value_dim))
+        check_batch("state", keys.length.shape[0], batch)
 
     def _span(self, length: int, chunk_size: int | None, state: AttentionState | None) -> int:
         """Slots from the first to the last position that attention compares."""
         if state is None:
             return length if chunk_size is None else min(length, chunk_size)
         keys: KeyState = state.keys
-        held = keys.keys.shape[1]
-        if isinstance(keys, WorkingKeys) and chunk_size is None:
-            if keys.begin is not None:
+        if isinstance(keys, WorkingKeys):
+            if chunk_size is None and keys.begin is not None:
                 return keys.begin + 1
-            return int(keys.length.max()) + 1 if values_readable(keys.length) else held
+            looks = chunk_size is None and values_readable(keys.length)
+            return int(keys.length.max()) + 1 if looks else keys.room.shape[1]
+        held = keys.keys.shape[1]
         return held + length if isinstance(keys, GrowingKeys) else held
 
     def _check_reach(self, span: int) -> None:

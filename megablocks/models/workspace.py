@@ -43,10 +43,9 @@ class Workspace(NamedTuple):
             elif isinstance(keys, FixedKeys) and longest + steps > slots:
                 return keys  # too few slots: the state says so when it comes to that
             originals.append(keys)
-            own, values = (_room(tensor, slots) for tensor in keys[:2])
             chunk_size = slots if isinstance(keys, ChunkKeys) else None
             begin = longest if longest == int(keys.length.min()) else None
-            return WorkingKeys(own, values, keys.length, chunk_size, begin)
+            return WorkingKeys(_room(keys, slots), keys.keys.shape[2], keys.length, chunk_size, begin)
 
         made: DecoderState = _map_keys(working, state)
         ours = sum(isinstance(module, MovingAverageGatedAttention) and module.causal for module in model.modules())
@@ -58,13 +57,13 @@ class Workspace(NamedTuple):
 
         def settle(keys: WorkingKeys) -> Any:
             original, room = next(originals), next(rooms)
-            slots, length = room.keys.shape[1], keys.length
+            slots, length = room.room.shape[1], keys.length
             if isinstance(original, GrowingKeys):
                 slots = original.keys.shape[1] + int((length - original.length).max())
             elif isinstance(original, ChunkKeys):
                 length = length % slots
             empty = (torch.arange(slots, device=length.device) >= length.unsqueeze(-1)).unsqueeze(-1)
-            own, values = (tensor[:, :slots].masked_fill(empty, 0.0) for tensor in room[:2])
+            own, values = (tensor[:, :slots].masked_fill(empty, 0.0) for tensor in (room.keys, room.values))
             return type(original)(own, values, length)
 
         settled: DecoderState = _map_keys(settle, state)
@@ -110,7 +109,7 @@ class CompiledSteps:
 
     def _end(self, keys: WorkingKeys, position: int) -> int:
         """Slots that are shown when the token at a position is read."""
-        most: float = keys.keys.shape[1]
+        most: float = keys.room.shape[1]
         if keys.chunk_size is None:
             most = min(most, self._reach)
         elif self._together:
@@ -123,14 +122,11 @@ class CompiledSteps:
         rooms = iter(zip(self._rooms, ends, strict=True))
 
         def windowed(keys: WorkingKeys) -> WorkingKeys:
-            room, end = next(rooms)
-            seen = room._replace(
-                keys=room.keys[:, :end], values=room.values[:, :end], length=keys.length, begin=None, bias=keys.bias
-            )
-            if room.chunk_size is None or self._together:
-                torch._dynamo.maybe_mark_dynamic(seen.keys, 1)
-                torch._dynamo.maybe_mark_dynamic(seen.values, 1)
-            if room.chunk_size is None and seen.bias is not None:
+            whole, end = next(rooms)
+            seen = keys._replace(room=whole.room[:, :end], begin=None)
+            if keys.chunk_size is None or self._together:
+                torch._dynamo.maybe_mark_dynamic(seen.room, 1)
+            if keys.chunk_size is None and seen.bias is not None:
                 torch._dynamo.maybe_mark_dynamic(seen.bias, 0)
             return seen
 
@@ -138,10 +134,11 @@ class CompiledSteps:
         return shown
 
 
-def _room(tensor: Tensor, slots: int) -> Tensor:
-    """So many slots (B, S, ...) that begin with those of a tensor; S is outermost, so that no stride depends on it."""
-    room = tensor.new_zeros(slots, tensor.shape[0], *tensor.shape[2:]).transpose(0, 1)
-    room[:, : tensor.shape[1]] = tensor
+def _room(keys: ChunkKeys | GrowingKeys | FixedKeys, slots: int) -> Tensor:
+    """So many slots (B, S, Z + V), the first as they are; S is outermost, so that no stride depends on it."""
+    held = torch.cat([keys.keys, keys.values], dim=-1)
+    room = held.new_zeros(slots, held.shape[0], held.shape[2]).transpose(0, 1)
+    room[:, : held.shape[1]] = held
     return room
 
 
