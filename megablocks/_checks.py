@@ -307,6 +307,16 @@ def check_table(length: int, max_positions: int) -> None:
         )
 
 
+def check_relative_table(table: Tensor) -> Tensor:
+    """Returns what a bias's `relative_table` gave if it holds one number for each relative position."""
+    if table.dim() != 1 or table.shape[0] % 2 == 0:
+        raise ValueError(
+            "`relative_table(positions)` of a position bias must return shape (2 * positions - 1,), a number for each "
+            f"relative position, but returned shape {tuple(table.shape)}; `RotaryRelativeBias` shows how."
+        )
+    return table
+
+
 def check_module(name: str, module: object, like: str) -> None:
     """Raises unless `module` is a module; `like` says what is meant."""
     if not isinstance(module, nn.Module):

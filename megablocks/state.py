@@ -84,7 +84,7 @@ class WorkingKeys(NamedTuple):
     begin: int | None
     """The slot of the next token, where it is the same in all rows and that is known without looking."""
     bias: Tensor | None = None
-    """`(2P - 1,)`: the position bias by relative position, made in the first step, if the bias has a `table`."""
+    """`(2P - 1,)` for P positions: the position bias by relative position, made in the first step where it can be."""
 
     @property
     def keys(self) -> Tensor:

@@ -29,7 +29,7 @@ from megablocks.functional.padding import (
     zero_padding,
 )
 from megablocks.functional.position import simple_bias
-from megablocks.functional.sight import PositionBias, Sight, TabledBias, apply_weights, attend, attend_sight
+from megablocks.functional.sight import PositionBias, Sight, apply_weights, attend, attend_sight, relative_table
 from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys, KeyState, WorkingKeys
 
 
@@ -109,7 +109,7 @@ def streamed_attention(
         padding_mask: $(B, L)$, bool, `True` at padding.
         dropout: Applied to the weights; `None` where nothing is dropped.
         need_weights: Whether to return the weights.
-        last_only: Whether each row's last real query alone attends, as if $L$ were 1.
+        last_only: Whether each row's last real query alone attends: output and weights are those of $L = 1$.
 
     Returns:
         The output $(B, L, V)$, zero at padding; the weights, $(B, 1, L, S)$ over the slots of the state or, for a
@@ -217,8 +217,8 @@ def _in_place(
 ) -> tuple[Tensor, Tensor | None, KeyState]:
     """Attends from one token to those before it and itself, which it puts among them; padding is written over later."""
     table = state.bias
-    if table is None and isinstance(bias, TabledBias):
-        table = bias.table(state.room.shape[1]).detach()
+    if table is None and bias is not None and not torch.compiler.is_compiling():
+        table = relative_table(bias, state.room.shape[1])
     own = torch.cat([k, v], dim=-1).to(state.room.dtype)
     begin = state.begin if padding_mask is None else None
     if begin is not None:
@@ -244,7 +244,7 @@ def _in_place(
 
 
 def _bias_of_newest(table: Tensor, query: Tensor, keys: Tensor) -> Tensor:
-    """What `simple_bias` looks up for one query and the keys from the first to its own, (1, S), without looking up."""
+    """The bias of one query for all keys up to its own, (1, S), which is a slice of the table."""
     same = table.shape[0] // 2
     return table[same + 1 - keys.shape[0] : same + 1].unsqueeze(0)
 

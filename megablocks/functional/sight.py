@@ -23,6 +23,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megablocks._checks import check_relative_table
 from megablocks.functional.attention_function import Attention, softmax
 from megablocks.functional.precision import at_least_float32
 from megablocks.functional.recomputation import recomputed_inside, remembering_nothing
@@ -47,14 +48,6 @@ class FactoredBias(Protocol):
 
     def factors(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (L, F) and (S, F), whose products are the bias."""
-
-
-@runtime_checkable
-class TabledBias(Protocol):
-    """A bias that depends on the relative position alone."""
-
-    def table(self, positions: int) -> Tensor:
-        """Returns what `simple_bias` looks it up in, for at least so many positions."""
 
 
 class Sight(NamedTuple):
@@ -82,6 +75,20 @@ class Sight(NamedTuple):
             end = end - length + min(last, length)
         shown = None if self.shown is None else self.shown[..., :end]
         return Sight(self.queries[..., first:last], self.keys[..., :end], self.causal, shown)
+
+
+def relative_table(bias: PositionBias, positions: int) -> Tensor | None:
+    """Returns what `simple_bias` looks a bias up in, from its method `relative_table`, for so many positions.
+
+    `None` if it has none, or one that it inherits from a class whose `forward` it does not share: that is another bias.
+    """
+    for kind in type(bias).__mro__:
+        if callable(vars(kind).get("relative_table")):
+            table: Tensor = bias.relative_table(positions)  # type: ignore[attr-defined]
+            return check_relative_table(table.detach())
+        if "forward" in vars(kind):
+            break
+    return None
 
 
 def attend_sight(

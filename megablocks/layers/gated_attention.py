@@ -84,8 +84,8 @@ class MovingAverageGatedAttention(nn.Module):
         - `x`: $(B, L, D)$ with any $L \ge 1$.
         - `padding_mask`: $(B, L)$, bool, `True` at padding.
         - output: $(B, L, D)$ in the dtype of `x`, zeros at padding; with `last_only=True` that of each row's last real
-          token alone, $(B, 1, D)$, without the work for the others; with a state `(output, new_state)`; with
-          `trace=True` a `Trace` of the attention weights stands second.
+          token alone, $(B, 1, D)$, with a state without the work for the others; with a state `(output, new_state)`;
+          with `trace=True` a `Trace` of the attention weights stands second.
 
     Raises:
         ValueError: If a size, probability or name is not allowed, if a causal layer is given a bidirectional average or

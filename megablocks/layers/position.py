@@ -65,9 +65,9 @@ class SimpleRelativeBias(nn.Module):
             check_table(furthest + 1, self.max_positions)
         return simple_bias(self.weight, queries, keys)
 
-    def table(self, positions: int) -> Tensor:
-        """Returns the bias of relative positions: the whole table, which need not reach as far as is asked."""
-        return self.weight
+    def relative_table(self, positions: int) -> Tensor:
+        """Returns the bias of relative positions from $-(P - 1)$ to $P - 1$, for $P$ positions or all it serves."""
+        return _by_relative_position(self, min(positions, self.max_positions), self.weight.device)
 
     def extra_repr(self) -> str:
         """Returns what `print` shows."""
@@ -137,10 +137,9 @@ class RotaryRelativeBias(nn.Module):
         with without_autocast(self.alpha):
             return rotate(self.alpha, queries), rotate(self.beta, keys)
 
-    def table(self, positions: int) -> Tensor:
-        """Returns the bias of relative positions from $-(P - 1)$ to $P - 1$ for so many positions: $(2P - 1,)$."""
-        relative = torch.arange(2 * positions - 1, device=self.alpha.device)
-        return self(relative.new_tensor([positions - 1]), relative).squeeze(0)
+    def relative_table(self, positions: int) -> Tensor:
+        """Returns the bias of relative positions from $-(P - 1)$ to $P - 1$, for $P$ positions."""
+        return _by_relative_position(self, positions, self.alpha.device)
 
     def extra_repr(self) -> str:
         """Returns what `print` shows."""
@@ -148,6 +147,13 @@ class RotaryRelativeBias(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+
+def _by_relative_position(bias: SimpleRelativeBias | RotaryRelativeBias, count: int, device: torch.device) -> Tensor:
+    """The bias of the last query for keys up to it, and of the first for keys behind it, (2P - 1,)."""
+    positions = torch.arange(count, device=device)
+    before, behind = bias(positions[-1:], positions), bias(positions[:1], positions[1:]) if count > 1 else None
+    return before.squeeze(0) if behind is None else torch.cat([before, behind], dim=1).squeeze(0)
 
 
 def _positions(

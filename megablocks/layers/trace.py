@@ -57,13 +57,21 @@ def call_for_last(
     **given: Any,
 ) -> tuple[Tensor, Any, Any]:
     """The same with `last_only`, for layers too that do not take it: their output is cut."""
-    taken = last_only and not torch.compiler.is_compiling() and _takes_last_only(type(layer).forward)
+    # In a graph there are no signatures to look at: there the output is cut.
+    taken = last_only and not torch.compiler.is_compiling() and _takes_last_only(layer.forward)
     if taken:
         given["last_only"] = True
     y, seen, after = call_for(layer, x, state, trace, padding_mask=padding_mask, **given)
     return last_real_position(y, padding_mask) if last_only and not taken else y, seen, after
 
 
-@cache
 def _takes_last_only(forward: Callable[..., Any]) -> bool:
+    function = getattr(forward, "__func__", None)  # of a class, unless somebody has put another one in its place
+    return _names_last_only(forward) if function is None else _of_class(function)
+
+
+def _names_last_only(forward: Callable[..., Any]) -> bool:
     return "last_only" in inspect.signature(forward).parameters
+
+
+_of_class = cache(_names_last_only)

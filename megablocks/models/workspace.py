@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from megablocks.layers.cross_attention import GatedCrossAttention
 from megablocks.layers.gated_attention import MovingAverageGatedAttention
 from megablocks.state import ChunkKeys, DecoderState, FixedKeys, GrowingKeys, WorkingKeys
 
@@ -86,40 +86,43 @@ class CompiledSteps:
     def __init__(self, plain: Read, compiled: Read, model: nn.Module, working: Workspace, *, ends: bool) -> None:
         self._plain, self._compiled = plain, compiled
         self._rooms = _working_keys(working.state)
+        self._begins = [int(keys.length.max()) for keys in self._rooms]
         self._together = not ends and all(keys.begin is not None for keys in self._rooms)
-        self._position = max((int(keys.length.max()) for keys in self._rooms), default=0)
-        self._reach = min((bias.max_positions for bias in _limited_biases(model)), default=math.inf)
-        self._ends: list[int] | None = None
+        self._reach = min((bias.max_positions for bias in _limited_biases(model)), default=None)
+        self._steps = 0
+        self._shown: list[int] | None = None
 
     def __call__(
         self, model: nn.Module, tokens: Tensor, padding_mask: Tensor | None, state: DecoderState
     ) -> tuple[Tensor, DecoderState]:
         """Reads one token of each row."""
-        position, first = self._position, self._ends is None
-        self._position += 1
-        if first or position >= self._reach:  # the first step makes tables; behind a bias's reach one says so
-            self._ends = []
+        step, self._steps = self._steps, self._steps + 1
+        if step == 0:  # which makes the tables
             return self._plain(model, tokens, padding_mask, state)
-        ends = [self._end(keys, position) for keys in self._rooms]
-        if ends == self._ends:  # steps are alike: nothing need be looked at again to know so
+        if self._reach is not None and max(self._begins, default=0) + step >= self._reach:
+            self._shown = None  # rows that have come to the end of a bias are told so, if there are any
+            whole = [keys.room.shape[1] for keys in self._rooms]
+            return self._plain(model, tokens, padding_mask, self._windowed(state, whole))
+        slots = [self._slots(keys, begin + step) for keys, begin in zip(self._rooms, self._begins, strict=True)]
+        if slots == self._shown:  # steps are alike: nothing need be looked at again to know so
             with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
                 return self._compiled(model, tokens, padding_mask, state)
-        self._ends = ends
-        return self._compiled(model, tokens, padding_mask, self._windowed(state, ends))
+        self._shown = slots
+        return self._compiled(model, tokens, padding_mask, self._windowed(state, slots))
 
-    def _end(self, keys: WorkingKeys, position: int) -> int:
-        """Slots that are shown when the token at a position is read."""
-        most: float = keys.room.shape[1]
+    def _slots(self, keys: WorkingKeys, position: int) -> int:
+        """Slots that are shown while the token at a position, the last of any row, is read."""
+        most = keys.room.shape[1]
         if keys.chunk_size is None:
-            most = min(most, self._reach)
+            most = most if self._reach is None else min(most, self._reach)
         elif self._together:
             position %= keys.chunk_size
         else:
-            return keys.chunk_size
-        return int(min(-(-(position + 1) // WINDOW) * WINDOW, most))
+            return most
+        return min(-(-(position + 1) // WINDOW) * WINDOW, most)
 
-    def _windowed(self, state: DecoderState, ends: list[int]) -> DecoderState:
-        rooms = iter(zip(self._rooms, ends, strict=True))
+    def _windowed(self, state: DecoderState, slots: list[int]) -> DecoderState:
+        rooms = iter(zip(self._rooms, slots, strict=True))
 
         def windowed(keys: WorkingKeys) -> WorkingKeys:
             whole, end = next(rooms)
@@ -143,11 +146,13 @@ def _room(keys: ChunkKeys | GrowingKeys | FixedKeys, slots: int) -> Tensor:
 
 
 def _limited_biases(model: nn.Module) -> Iterator[Any]:
-    """Biases that do not reach as far as positions may grow."""
+    """Biases that do not reach as far as the positions of a loop may grow."""
     for part in model.modules():
-        bias: Any = getattr(part, "position_bias", None)
-        if hasattr(bias, "max_positions") and getattr(part, "chunk_size", None) is None:
-            yield bias
+        grows = isinstance(part, MovingAverageGatedAttention) and part.causal and part.chunk_size is None
+        if grows or isinstance(part, GatedCrossAttention):
+            bias: Any = part.position_bias
+            if hasattr(bias, "max_positions"):
+                yield bias
 
 
 def _working_keys(state: DecoderState) -> list[WorkingKeys]:

@@ -61,7 +61,8 @@ class MegaDecoder(Stack):
 
     Note:
         Reading a prompt with `last_only=True` and a state, in eval mode, leaves out what the last layer would do for
-        other tokens: it averages them all and attends in the last chunk alone, or with the last query alone.
+        other tokens: it averages them all and attends in the last chunk alone, or with the last query alone. Hooks on
+        it then see $(B, 1, D)$.
 
     Example:
         >>> decoder = MegaDecoder([MovingAverageGatedAttention(32, 16, chunk_size=4) for _ in range(2)]).eval()

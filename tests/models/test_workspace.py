@@ -7,7 +7,18 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from laws import assert_same, assert_states_close, tensors
-from megablocks import MegaDecoder, MegaLanguageModel, MovingAverageGatedAttention, generate, mega_decoder, stream
+from megablocks import (
+    MegaDecoder,
+    MegaLanguageModel,
+    MegaSeq2Seq,
+    MovingAverageGatedAttention,
+    SimpleRelativeBias,
+    generate,
+    mega_decoder,
+    mega_encoder,
+    stream,
+)
+from megablocks.functional.position import simple_bias
 from megablocks.models.workspace import Workspace
 from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys
 
@@ -110,24 +121,131 @@ def test_a_compiled_step_does_not_go_beyond_a_bias(graphs):
         generate(language_model, PROMPT, max_new_tokens=46, compiled=True)
 
 
-@pytest.mark.parametrize("padding_mask", [None, PADDED], ids=["even", "padded"])
-def test_a_bias_of_ones_own_may_have_a_table(padding_mask):
-    class Slope(torch.nn.Module):
-        def forward(self, queries, keys):
-            return (keys - queries.unsqueeze(-1)).double()
+def test_compiled_steps_of_layers_with_chunks_of_their_own(graphs):
+    torch.manual_seed(0)
+    for sizes in ((33, 40), (40, 70), (None, 40)):
+        layers = [MovingAverageGatedAttention(16, 8, chunk_size=size) for size in sizes]
+        language_model = MegaLanguageModel(MegaDecoder(layers), vocab_size=11).double()
+        prompt = torch.randint(11, (2, 50))
+        plain, fast = (generate(language_model, prompt, max_new_tokens=80, compiled=way) for way in (False, True))
+        assert_same(fast.tokens, plain.tokens)
+        assert_states_close(fast.state, plain.state)
 
+
+@pytest.mark.parametrize("cross", ["rotary", "simple"])
+def test_a_short_bias_of_an_encoder_is_none_of_the_steps(graphs, cross):
+    torch.manual_seed(0)
+    encoder = mega_encoder(1, 16, qk_dim=8, position_bias="simple", max_positions=10)
+    table = {"max_positions": 64} if cross == "simple" else {}
+    decoder = mega_decoder(2, 16, qk_dim=8, cross_attention=True, position_bias=cross, **table)
+    seq2seq = MegaSeq2Seq(encoder, decoder, source_vocab_size=11).double()
+    given = {"source": torch.randint(11, (2, 7)), "max_new_tokens": 40}
+    plain, fast = (generate(seq2seq, PROMPT[:, :2], **given, compiled=way) for way in (False, True))
+    assert_same(fast.tokens, plain.tokens)
+
+
+def test_rows_that_end_before_a_bias_does_are_read_on(graphs):
+    language_model = model(position_bias="simple", max_positions=50)
+    free = generate(language_model, PROMPT, max_new_tokens=20).tokens
+    end_token = next(int(token) for token in free[0] if token not in free[1])
+    given = {"max_new_tokens": 44, "end_token": end_token, "padding_mask": PADDED}
+    plain, fast = (generate(language_model, PROMPT, **given, compiled=way) for way in (False, True))
+    assert_same(fast.tokens, plain.tokens)
+
+
+def test_a_model_without_keys_may_be_compiled(graphs):
+    class Bigrams(torch.nn.Module):
+        vocab_size = 11
+
+        def __init__(self):
+            super().__init__()
+            self.logits = torch.nn.Embedding(11, 11)
+
+        def init_state(self, batch_size):
+            return (torch.zeros(batch_size),)
+
+        def forward(self, tokens, padding_mask=None, state=None, last_only=False):
+            return self.logits(tokens)[:, -1:], (state[0] + 1,)
+
+    bigrams = Bigrams()
+    plain, fast = (generate(bigrams, PROMPT, max_new_tokens=9, compiled=way).tokens for way in (False, True))
+    assert_same(fast, plain)
+
+
+def own_tokens(bias, chunk_size=None, padding_mask=None):
+    """What a model with a bias writes."""
+    torch.manual_seed(0)
+    layer = MovingAverageGatedAttention(16, 8, position_bias=bias, chunk_size=chunk_size)
+    language_model = MegaLanguageModel(MegaDecoder([layer]), vocab_size=11)
+    for parameter in language_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return generate(language_model.double(), PROMPT, padding_mask=padding_mask, max_new_tokens=20).tokens
+
+
+class Slope(torch.nn.Module):
+    """The further away, the less."""
+
+    def forward(self, queries, keys):
+        return (keys - queries.unsqueeze(-1)).double()
+
+
+@pytest.mark.parametrize("padding_mask", [None, PADDED], ids=["even", "padded"])
+@pytest.mark.parametrize("chunk_size", [None, 4])
+def test_a_bias_of_ones_own_may_have_a_table(padding_mask, chunk_size):
     class Tabled(Slope):
-        def table(self, positions):
+        asked = 0
+
+        def forward(self, queries, keys):
+            self.asked += 1
+            return super().forward(queries, keys)
+
+        def relative_table(self, positions):
             return torch.arange(1 - positions, positions).double()
 
-    def tokens(bias, chunk_size):
-        torch.manual_seed(0)
-        layer = MovingAverageGatedAttention(16, 8, position_bias=bias, chunk_size=chunk_size)
-        language_model = MegaLanguageModel(MegaDecoder([layer]), vocab_size=11).double()
-        return generate(language_model, PROMPT, padding_mask=padding_mask, max_new_tokens=20).tokens
+    tabled = Tabled()
+    wanted = own_tokens(Slope(), chunk_size, padding_mask)
+    assert_same(own_tokens(tabled, chunk_size, padding_mask), wanted)
+    assert tabled.asked == 1, "for the prompt, and for no token behind it"
 
-    for chunk_size in (None, 4):
-        assert_same(tokens(Tabled(), chunk_size), tokens(Slope(), chunk_size))
+
+def test_a_bias_that_changes_another_is_not_the_table_of_that():
+    class Steeper(SimpleRelativeBias):
+        def forward(self, queries, keys):
+            return super().forward(queries, keys) * -20
+
+    class Absolute(SimpleRelativeBias):
+        def forward(self, queries, keys):
+            return super().forward(queries, keys) + 3 * (keys % 3)
+
+    for kind in (Steeper, Absolute):
+        bias = kind(64)
+        plain = Slope()  # a stand-in that has no table, and so is asked at every step
+        plain.forward = bias.forward
+        plain.weight = bias.weight
+        assert_same(own_tokens(bias), own_tokens(plain))
+    hooked, plain = SimpleRelativeBias(64), Slope()
+    hooked.register_forward_hook(lambda module, inputs, output: output * -20)
+    plain.weight, plain.forward = hooked.weight, lambda queries, keys: simple_bias(hooked.weight, queries, keys) * -20
+    assert_same(own_tokens(hooked), own_tokens(plain))
+
+
+def test_what_is_called_like_a_table_but_is_none():
+    class Learned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relative_table = torch.nn.Parameter(torch.randn(127))
+
+        def forward(self, queries, keys):
+            return self.relative_table[keys.unsqueeze(-2) - queries.unsqueeze(-1) + 63]
+
+    assert own_tokens(Learned()).shape == (2, 20)
+
+    class Square(Slope):
+        def relative_table(self, positions):
+            return torch.zeros(positions, positions)
+
+    with pytest.raises(ValueError, match=r"^`relative_table\(positions\)` of a position bias must return shape"):
+        own_tokens(Square())
 
 
 def test_compiled_must_be_a_flag():

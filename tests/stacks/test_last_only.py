@@ -142,6 +142,15 @@ def test_layers_and_decoders_of_ones_own_need_not_take_it():
     torch.testing.assert_close(model(ids, last_only=True), model(ids)[:, -1:])
 
 
+def test_a_forward_put_in_the_place_of_another_need_not_take_it():
+    stack, x = decoder(4), tokens(9)
+    wanted, _ = stack(x, state=stack.init_state(3), last_only=True)
+    layer = stack.layers[-1]
+    original = layer.forward
+    layer.forward = lambda x, *, padding_mask=None, state=None: original(x, padding_mask=padding_mask, state=state)
+    torch.testing.assert_close(stack(x, state=stack.init_state(3), last_only=True)[0], wanted)
+
+
 def test_the_last_layer_does_no_more_than_the_last_chunk():
     stack, seen = decoder(4, ffn_dim=24), {}
 
