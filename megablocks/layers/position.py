@@ -152,8 +152,8 @@ class RotaryRelativeBias(nn.Module):
 def _by_relative_position(bias: SimpleRelativeBias | RotaryRelativeBias, count: int, device: torch.device) -> Tensor:
     """The bias of the last query for keys up to it, and of the first for keys behind it, (2P - 1,)."""
     positions = torch.arange(count, device=device)
-    before, behind = bias(positions[-1:], positions), bias(positions[:1], positions[1:]) if count > 1 else None
-    return before.squeeze(0) if behind is None else torch.cat([before, behind], dim=1).squeeze(0)
+    before, behind = bias(positions[-1:], positions), bias(positions[:1], positions)
+    return torch.cat([before, behind[:, 1:]], dim=1).squeeze(0)
 
 
 def _positions(

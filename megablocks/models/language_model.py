@@ -178,20 +178,20 @@ class MegaLanguageModel(SharedWeights):
         x, seen, new_state = call_for_last(
             self.decoder, x, state, trace, last_only=last_only, padding_mask=padding_mask
         )
-        logits = output_logits(
-            self.output, x, last_padding(padding_mask) if last_only else padding_mask, self.vocab_size
-        )
+        logits = output_logits(self.output, x, padding_mask, last_only, self.vocab_size)
         return results(logits, seen, new_state)
 
     if TYPE_CHECKING:
         __call__ = forward
 
 
-def output_logits(output: nn.Module, x: Tensor, padding_mask: Tensor | None, vocab_size: int) -> Tensor:
-    """Maps the decoder's output to logits."""
+def output_logits(
+    output: nn.Module, x: Tensor, padding_mask: Tensor | None, last_only: bool, vocab_size: int
+) -> Tensor:
+    """Maps the decoder's output, of all positions or of the last real one of each row, to logits."""
     logits: Tensor = output(x)
     if logits.shape[-1] != vocab_size:
         raise ValueError(
             f"`output` must give one logit for each of `vocab_size`={vocab_size} tokens, but gave {logits.shape[-1]}."
         )
-    return zero_padding(logits, padding_mask)
+    return zero_padding(logits, last_padding(padding_mask) if last_only else padding_mask)

@@ -18,7 +18,6 @@ from megablocks._checks import (
     check_streaming_part,
     check_tensor,
 )
-from megablocks.functional.padding import last_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.cross_attention import check_one_memory
@@ -251,8 +250,7 @@ class MegaSeq2Seq(SharedWeights):
             given["memory"] = self.encode(source, source_padding_mask)
             given["memory_padding_mask"] = source_padding_mask
         x, seen, new_state = call_for_last(self.decoder, x, state, trace, **given)
-        padding = last_padding(target_padding_mask) if last_only else target_padding_mask
-        return results(output_logits(self.output, x, padding, self.vocab_size), seen, new_state)
+        return results(output_logits(self.output, x, target_padding_mask, last_only, self.vocab_size), seen, new_state)
 
     if TYPE_CHECKING:
         __call__ = forward

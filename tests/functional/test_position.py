@@ -70,3 +70,16 @@ def test_later_positions_do_not_change_earlier_rows(module):
     # Law 1 for a bias: how much follows a query is of no consequence to it.
     for length in range(1, 9):
         assert_close(module(9)[:length, :length], module(length))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("positions", [1, 2, 9])
+def test_a_relative_table_holds_the_bias(positions, dtype):
+    steps = torch.arange(positions)
+    for bias in (RotaryRelativeBias(8, dtype=dtype), SimpleRelativeBias(9, dtype=dtype)):
+        table = bias.relative_table(positions)
+        assert table.shape == (2 * positions - 1,)
+        whole = bias(positions)
+        assert table.dtype == whole.dtype  # a rotary one is float32 or wider
+        torch.testing.assert_close(simple_bias(table, steps, steps), whole)
+    assert SimpleRelativeBias(4).relative_table(9).shape == (7,), "no further than the bias itself"
