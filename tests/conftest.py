@@ -16,7 +16,7 @@ import torch
 import torch.utils._device
 from hypothesis import HealthCheck, settings
 
-from megablocks.kernels import numba_cpu
+from megablocks.kernels import numba_cpu, numba_elementwise
 from megablocks.kernels.numba_host import reserve
 
 # Tensors are built from a drawn seed, so generating is cheap and shrinking works on sizes; only slow laws are slow.
@@ -75,4 +75,5 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     if "compile" not in request.keywords:
         for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
             monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
-    monkeypatch.setattr(numba_cpu, "reserve", _reserved)
+    for module in (numba_cpu, numba_elementwise):
+        monkeypatch.setattr(module, "reserve", _reserved)

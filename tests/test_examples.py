@@ -214,7 +214,7 @@ def test_options_that_make_no_sense(options, error, tmp_path):
 
 def test_the_custom_stack_learns_and_streams(tmp_path):
     code, out, err = run("custom_stack.py", cwd=tmp_path)
-    told = "Compiling the damped EMA for this CPU, or loading it from the cache; later calls need not wait.\n"
+    told = "Compiling a kernel for this CPU, or loading it from the cache; later calls need not wait.\n"
     assert (code, err.replace(told, "")) == (0, "")  # told where that takes more than a second
     assert int(re.search(r"streamed .*; (\d+)% of the notes", out)[1]) > 60
     assert len((EXAMPLES / "custom_stack.py").read_text(encoding="utf-8").splitlines()) < 60

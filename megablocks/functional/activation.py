@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megablocks._checks import lookup
+from megablocks.functional.backends import compiled_elementwise
 from megablocks.functional.transforms import plain_only
 
 Activation = Callable[[Tensor], Tensor]
@@ -23,7 +24,7 @@ def linear(x: Tensor) -> Tensor:
 def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
     r"""Returns $x \odot \mathrm{silu}(\text{gate})$, and keeps for the backward pass no more than what came in."""
     if _nothing_kept():
-        return x * F.silu(gate)
+        return _SiluGate.forward(x, gate)
     gated: Tensor = _SiluGate.apply(x, gate)  # type: ignore[no-untyped-call]
     return gated
 
@@ -33,7 +34,10 @@ class _SiluGate(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, gate: Tensor) -> Tensor:
-        return x * F.silu(gate)
+        if (compiled := compiled_elementwise(x, gate)) is None:
+            return x * F.silu(gate)
+        gated: Tensor = compiled.silu_gate(x, gate)
+        return gated
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -45,6 +49,9 @@ class _SiluGate(torch.autograd.Function):
         x, gate = ctx.saved_tensors
         if not _may_overwrite(gradient):
             return gradient * F.silu(gate), _silu_slope(gradient * x, gate)
+        if (compiled := compiled_elementwise(gradient, x, gate)) is not None:
+            both: tuple[Tensor, Tensor] = compiled.silu_gate_back(gradient, x, gate)
+            return both
         slope = gradient * x
         del x  # which may have been made for this alone
         torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=slope)
@@ -64,7 +71,7 @@ def rescaled(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def update_gate(x: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
     r"""Returns $\sigma(u) \odot \text{candidate} + (1 - \sigma(u)) \odot x$, keeping no more than what came in."""
     if _nothing_kept():
-        return torch.lerp(x, candidate, torch.sigmoid(update))
+        return _UpdateGate.forward(x, candidate, update)
     mixed: Tensor = _UpdateGate.apply(x, candidate, update)  # type: ignore[no-untyped-call]
     return mixed
 
@@ -74,7 +81,10 @@ class _UpdateGate(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
-        return torch.lerp(x, candidate, torch.sigmoid(update))
+        if (compiled := compiled_elementwise(x, candidate, update)) is None:
+            return torch.lerp(x, candidate, torch.sigmoid(update))
+        mixed: Tensor = compiled.update_gate(x, candidate, update)
+        return mixed
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -84,6 +94,10 @@ class _UpdateGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, candidate, update = ctx.saved_tensors
+        compiled = compiled_elementwise(gradient, x, candidate, update) if _may_overwrite(gradient) else None
+        if compiled is not None:
+            all_three: tuple[Tensor, Tensor, Tensor] = compiled.update_gate_back(gradient, x, candidate, update)
+            return all_three
         slope = candidate - x
         del x, candidate  # as above
         gate = update.sigmoid()

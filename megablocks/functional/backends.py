@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from types import TracebackType
-from typing import NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -199,3 +199,22 @@ def _fastest(x: Tensor, truncation: int | None, others: tuple[Tensor, ...]) -> s
 def _exporting() -> bool:
     """Whether `torch.export` is at work, whose programs should run where this package is not."""
     return bool(getattr(torch.compiler, "is_exporting", bool)())
+
+
+ENOUGH = 1 << 16
+"""Numbers that are worth a call of a compiled elementwise function."""
+
+
+def compiled_elementwise(*inputs: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Any:
+    """Returns `megablocks.kernels.numba_elementwise` if it can serve tensors of one shape, else `None`."""
+    if inputs[0].numel() < ENOUGH or not _INSTALLED["numba"] or torch.compiler.is_compiling() or _exporting():
+        return None
+    x = inputs[0]
+    plain = all(
+        type(part) is Tensor and part.is_cpu and part.dtype == x.dtype and part.shape == x.shape for part in inputs
+    )
+    if not plain or x.dtype not in dtypes or plain_only(*inputs):
+        return None
+    from megablocks.kernels import numba_elementwise
+
+    return numba_elementwise

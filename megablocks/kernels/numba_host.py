@@ -52,7 +52,7 @@ _LINE = 16
 _SMALLEST_NORMAL = sys.float_info.min
 
 _LOGGER = logging.getLogger("megablocks")
-_compiled: set[tuple[Compiled, np.dtype[Any]]] = set()
+_compiled: set[tuple[Compiled, np.dtype[Any] | None]] = set()
 
 
 class Direction(NamedTuple):
@@ -172,10 +172,10 @@ def _flushing() -> Iterator[None]:
 
 def _compile_for(task: Compiled, arguments: tuple[Any, ...]) -> None:
     """Compiles a task for the types of these arguments or loads it, and says so if that takes longer than a second."""
-    known = (task, next(part.dtype for part in arguments if isinstance(part, np.ndarray)))
+    known = (task, next((part.dtype for part in arguments if isinstance(part, np.ndarray)), None))
     if known in _compiled:
         return
-    message = "Compiling the damped EMA for this CPU, or loading it from the cache; later calls need not wait."
+    message = "Compiling a kernel for this CPU, or loading it from the cache; later calls need not wait."
     told = threading.Timer(PATIENCE, _LOGGER.warning, (message,))
     told.start()
     try:

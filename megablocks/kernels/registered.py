@@ -106,8 +106,8 @@ class _Operator:
         visible: Function,
     ) -> None:
         grads = "Tensor dy, Tensor dfinal" if forward[2] == 2 else "Tensor dy"
-        self.forward = _operator(name, inputs, *forward)
-        self.backward = _operator(f"{name}_backward", f"{grads}, {inputs}", *backward)
+        self.forward = torch_operator(name, inputs, *forward)
+        self.backward = torch_operator(f"{name}_backward", f"{grads}, {inputs}", *backward)
         self._visible = visible
         self._differentiable = backward[2]
         self.forward.register_autograd(self._gradients, setup_context=_remember)
@@ -131,7 +131,8 @@ class _Operator:
         return [next(made) if part is not None and part.requires_grad else None for part in candidates]
 
 
-def _operator(name: str, inputs: str, function: Function, shapes: Function, results: int) -> Any:
+def torch_operator(name: str, inputs: str, function: Function, shapes: Function, results: int) -> Any:
+    """Makes the operator `megablocks::NAME` of a function, one that makes tensors of its shapes, and their number."""
     outputs = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
     made = torch.library.custom_op(f"megablocks::{name}", function, mutates_args=(), schema=f"({inputs}) -> {outputs}")
     made.register_fake(shapes)

@@ -230,7 +230,7 @@ def test_a_first_call_that_takes_long_says_that_it_compiles(monkeypatch, patienc
     for _ in range(2):  # the second call has nothing to compile
         module._compile_for(compiling, (False, np.zeros(1)))
     assert said == (
-        ["Compiling the damped EMA for this CPU, or loading it from the cache; later calls need not wait."]
+        ["Compiling a kernel for this CPU, or loading it from the cache; later calls need not wait."]
         if patience == 0.0
         else []
     )

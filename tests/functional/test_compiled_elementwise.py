@@ -1,0 +1,186 @@
+"""Gates and dropout of a layer's size go through compiled kernels, and nobody can tell but by the time."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from laws import assert_close, assert_same
+from megablocks import GatedCrossAttention, MovingAverageGatedAttention, NormalizedFFN
+from megablocks.functional import backends
+from megablocks.functional.activation import silu_gate, update_gate
+from megablocks.functional.dropout import dropout
+from megablocks.kernels import numba_elementwise
+
+LARGE = (1, 300, 256)
+
+
+class Own(Tensor):
+    """A tensor of a class that is not torch's."""
+
+
+FUNCTIONS = {"silu_gate": (silu_gate, 2), "update_gate": (update_gate, 3)}
+every_gate = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Which compiled functions have been called."""
+    calls: list[str] = []
+
+    def counted(name, function):
+        return lambda *arguments: (calls.append(name), function(*arguments))[1]
+
+    for name in ("silu_gate", "silu_gate_back", "update_gate", "update_gate_back", "dropout"):
+        monkeypatch.setattr(numba_elementwise, name, counted(name, getattr(numba_elementwise, name)))
+    return calls
+
+
+def tensors(count: int, **kwargs: object) -> list[Tensor]:
+    """As large as is worth compiled calls."""
+    return [torch.randn(LARGE, **kwargs) for _ in range(count)]
+
+
+@every_gate
+def test_large_gates_are_compiled_forward_and_backward(name, served):
+    function, count = FUNCTIONS[name]
+    inputs = [part.requires_grad_() for part in tensors(count)]
+    function(*inputs).sum().backward()
+    with torch.no_grad():
+        function(*inputs)
+    assert served == [name, f"{name}_back", name]
+
+
+@every_gate
+@pytest.mark.parametrize(
+    "change",
+    {
+        "small": lambda part: part[:, :9],
+        "float64": lambda part: part.double(),
+        "bfloat16": lambda part: part.bfloat16(),
+        "meta": lambda part: part.to("meta"),
+        "a class of its own": lambda part: part.as_subclass(Own),
+    }.items(),
+    ids=lambda change: change[0],
+)
+def test_others_are_not(name, change, served):
+    function, count = FUNCTIONS[name]
+    inputs = [change[1](part).requires_grad_() for part in tensors(count)]
+    function(*inputs).sum().backward()
+    assert not served
+
+
+@every_gate
+def test_without_numba_nothing_is_compiled(name, served, monkeypatch):
+    monkeypatch.setitem(backends._INSTALLED, "numba", False)
+    function, count = FUNCTIONS[name]
+    function(*tensors(count))
+    dropout(tensors(1)[0], 0.1)
+    assert not served
+
+
+@every_gate
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # torch's own, at its first jvp
+def test_transforms_and_forward_derivatives_are_right(name, served):
+    function, count = FUNCTIONS[name]
+    inputs, tangents = tuple(tensors(count)), tuple(tensors(count))
+    rows = torch.func.vmap(function)(*inputs)
+    assert not served  # batches are not plain tensors
+    value, tangent = torch.func.jvp(function, inputs, tangents)
+    wide = torch.func.jvp(function, *(tuple(part.double() for part in parts) for parts in (inputs, tangents)))
+    for made, wanted in ((rows, wide[0]), (value, wide[0]), (tangent, wide[1])):
+        assert_close(made, wanted, 1e-6)
+
+
+@every_gate
+def test_gradients_of_gradients_are_right(name, served):
+    function, count = FUNCTIONS[name]
+    results = []
+    given = tensors(count)
+    for dtype in (torch.float32, torch.float64):
+        inputs = [part.to(dtype).requires_grad_() for part in given]
+        first = torch.autograd.grad(function(*inputs).square().sum(), inputs, create_graph=True)
+        results.append(torch.autograd.grad(sum(part.square().sum() for part in first), inputs))
+    assert served[0] == name
+    for made, wanted in zip(*results, strict=True):
+        assert_close(made, wanted, 1e-6)
+
+
+def test_dropout_draws_the_same_in_the_backward_pass_and_keeps_nothing(served):
+    kept: list[Tensor] = []
+    x = torch.ones(LARGE, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda part: (kept.append(part), part)[1], lambda part: part):
+        y = dropout(x, 0.3)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert served == ["dropout", "dropout"]
+    assert not kept
+    assert_same(gradient, y.detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_seeds_reproduce_large_dropout(dtype, served):
+    x = torch.ones(LARGE, dtype=dtype)
+    first, again, other = (dropout(x, 0.3) for seed in (1, 1, 2) if torch.manual_seed(seed))
+    assert len(served) == 3
+    assert_same(again, first)
+    assert not torch.equal(other, first)
+    assert not torch.equal(dropout(x, 0.3), other)  # nor the same twice
+
+
+def test_recomputing_draws_the_same():
+    x = torch.ones(LARGE, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(lambda x: dropout(x, 0.3) * x, x, use_reentrant=False)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert_same(gradient, 2 * y.detach())
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("dropped", [False, True])
+def test_layers_are_what_they_are_in_float64(aligned, dropped, monkeypatch, served):
+    monkeypatch.setattr(backends, "ENOUGH", 1)
+    width = 16 if aligned else 13
+    rates = {"dropout": 0.2, "hidden_dropout": 0.2} if dropped else {}
+    blocks = torch.nn.ModuleList(
+        [
+            MovingAverageGatedAttention(width, 6, value_dim=2 * width, chunk_size=8, **rates),
+            NormalizedFFN(width, 3 * width, **rates),
+            GatedCrossAttention(width, 6, **rates),
+        ]
+    )
+    mask = torch.arange(21) >= torch.tensor([[21], [17]])
+    x, memory = torch.randn(2, 21, width), torch.randn(2, 9, width)
+    made, wanted = (
+        outputs_and_gradients(copy.deepcopy(blocks).to(dtype), x.to(dtype), memory.to(dtype), mask)
+        for dtype in (torch.float32, torch.float64)
+    )
+    expected = {"silu_gate", "silu_gate_back", "update_gate", "update_gate_back", *(["dropout"] if dropped else [])}
+    assert set(served) == expected
+    largest = max(part.abs().max().item() for part in wanted)
+    for one, other in zip(made, wanted, strict=True):
+        assert_close(one, other, 2e-5, floor=1e-3 * largest)
+
+
+def outputs_and_gradients(blocks: torch.nn.ModuleList, x: Tensor, memory: Tensor, mask: Tensor) -> list[Tensor]:
+    """What blocks make of an input, with the same draws every time, and all gradients."""
+    torch.manual_seed(5)
+    x.requires_grad_()
+    y = blocks[2](blocks[1](blocks[0](x, padding_mask=mask), padding_mask=mask), memory, padding_mask=mask)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
+    return [y.detach(), *torch.autograd.grad((y * weights).sum(), [x, *blocks.parameters()])]
+
+
+@pytest.mark.compile
+def test_a_compiler_sees_torch_alone(served):
+    inputs = tensors(3)
+    whole = torch.compile(
+        lambda x, candidate, update: silu_gate(x, update) + update_gate(x, candidate, update) + F.dropout(x, 0.0),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    made = whole(*inputs)
+    assert not served
+    assert_close(made, silu_gate(inputs[0], inputs[2]) + update_gate(*inputs) + inputs[0], 1e-6)
