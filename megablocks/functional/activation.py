@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megablocks._checks import lookup
-from megablocks.functional.backends import compiled_elementwise
+from megablocks.functional.backends import compiled_gates
 from megablocks.functional.transforms import plain_only
 
 Activation = Callable[[Tensor], Tensor]
@@ -34,7 +34,7 @@ class _SiluGate(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, gate: Tensor) -> Tensor:
-        if (compiled := compiled_elementwise(x, gate)) is None:
+        if (compiled := compiled_gates(x, gate)) is None:
             return x * F.silu(gate)
         gated: Tensor = compiled.silu_gate(x, gate)
         return gated
@@ -49,7 +49,7 @@ class _SiluGate(torch.autograd.Function):
         x, gate = ctx.saved_tensors
         if not _may_overwrite(gradient):
             return gradient * F.silu(gate), _silu_slope(gradient * x, gate)
-        if (compiled := compiled_elementwise(gradient, x, gate)) is not None:
+        if (compiled := compiled_gates(gradient, x, gate)) is not None:
             both: tuple[Tensor, Tensor] = compiled.silu_gate_back(gradient, x, gate)
             return both
         slope = gradient * x
@@ -81,7 +81,7 @@ class _UpdateGate(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
-        if (compiled := compiled_elementwise(x, candidate, update)) is None:
+        if (compiled := compiled_gates(x, candidate, update)) is None:
             return torch.lerp(x, candidate, torch.sigmoid(update))
         mixed: Tensor = compiled.update_gate(x, candidate, update)
         return mixed
@@ -94,7 +94,7 @@ class _UpdateGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, candidate, update = ctx.saved_tensors
-        compiled = compiled_elementwise(gradient, x, candidate, update) if _may_overwrite(gradient) else None
+        compiled = compiled_gates(gradient, x, candidate, update) if _may_overwrite(gradient) else None
         if compiled is not None:
             all_three: tuple[Tensor, Tensor, Tensor] = compiled.update_gate_back(gradient, x, candidate, update)
             return all_three

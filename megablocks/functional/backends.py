@@ -205,16 +205,30 @@ ENOUGH = 1 << 16
 """Numbers that are worth a call of a compiled elementwise function."""
 
 
-def compiled_elementwise(*inputs: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Any:
-    """Returns `megablocks.kernels.numba_elementwise` if it can serve tensors of one shape, else `None`."""
-    if inputs[0].numel() < ENOUGH or not _INSTALLED["numba"] or torch.compiler.is_compiling() or _exporting():
+def compiled_elementwise(*inputs: Tensor, dtypes: tuple[torch.dtype, ...]) -> Any:
+    """Returns `megablocks.kernels.numba_elementwise` if it can serve these tensors of one shape, else `None`."""
+    if torch.compiler.is_compiling() or _exporting():  # first: a size that is looked at is a size that is fixed
         return None
     x = inputs[0]
-    plain = all(
-        type(part) is Tensor and part.is_cpu and part.dtype == x.dtype and part.shape == x.shape for part in inputs
+    if x.numel() < ENOUGH or x.dtype not in dtypes or not _INSTALLED["numba"]:
+        return None
+    alike = all(
+        type(part) is Tensor
+        and part.is_cpu
+        and part.layout is torch.strided
+        and part.dtype == x.dtype
+        and part.shape == x.shape
+        for part in inputs
     )
-    if not plain or x.dtype not in dtypes or plain_only(*inputs):
+    if not alike or plain_only(*inputs):
         return None
     from megablocks.kernels import numba_elementwise
 
     return numba_elementwise
+
+
+def compiled_gates(*inputs: Tensor) -> Any:
+    """The same for gates. Who has named a default backend that compiles nothing gets no compiled gate either."""
+    if _Choice.default not in ("auto", "numba_cpu"):
+        return None
+    return compiled_elementwise(*inputs, dtypes=(torch.float32,))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,10 +14,9 @@ from megablocks.functional.transforms import plain_only
 
 def dropout(x: Tensor, p: float) -> Tensor:
     r"""Zeroes numbers with probability $p < 1$ and scales the others by $1 / (1 - p)$, as `F.dropout` in training."""
-    compiled = compiled_elementwise(x, dtypes=(torch.float32, torch.float64))
-    if compiled is not None:
-        seed = int(torch.empty((), dtype=torch.int64).random_())
-        dropped: Tensor = compiled.dropout(x, seed, p)
+    if _compiled(x) is not None:
+        seed = torch.empty((), dtype=torch.int64).random_()
+        dropped: Tensor = _Dropout.apply(x, seed, p)  # type: ignore[no-untyped-call]
         return dropped
     if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling() or plain_only(x):
         return F.dropout(x, p)
@@ -23,3 +24,31 @@ def dropout(x: Tensor, p: float) -> Tensor:
     draws = torch.empty(-(-x.numel() // 2), dtype=torch.int64).random_().view(torch.int32)[: x.numel()]
     kept = draws.bitwise_and_(0x7FFF_FFFF) <= round((1 - p) * 2**31) - 1  # 31 bits for each number
     return x * kept.view(x.shape).to(x.dtype).mul_(1 / (1 - p))
+
+
+class _Dropout(torch.autograd.Function):
+    """Keeps nothing but the seed, from which the backward pass draws the same again."""
+
+    @staticmethod
+    def forward(x: Tensor, seed: Tensor, p: float) -> Tensor:
+        dropped: Tensor = _compiled(x).dropout(x, seed, p)
+        return dropped
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, float], output: Tensor) -> None:
+        x, seed, ctx.p = inputs
+        ctx.save_for_backward(seed)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        (seed,) = ctx.saved_tensors
+        if _compiled(gradient) is not None:
+            return _Dropout.apply(gradient, seed, ctx.p), None, None  # type: ignore[no-untyped-call]
+        from megablocks.kernels.numba_elementwise import dropout
+
+        return gradient * dropout(torch.ones(ctx.shape, dtype=ctx.dtype), seed, ctx.p), None, None
+
+
+def _compiled(x: Tensor) -> Any:
+    return compiled_elementwise(x, dtypes=(torch.float32, torch.float64))

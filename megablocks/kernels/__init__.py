@@ -1,4 +1,4 @@
-"""The damped EMA, computed in different ways behind one signature, one file each.
+"""The damped EMA, computed in different ways behind one signature, one file each; gates and dropout for the CPU.
 
 Every kernel is a function
 

@@ -32,7 +32,7 @@ _LOG2_E = np.float32(math.log2(math.e))
 _LN2_HIGH = np.float32(0.693359375)  # of few digits, so that whole multiples are exact
 _LN2_LOW = np.float32(math.log(2.0) - 0.693359375)
 _COEFFICIENTS = tuple(np.float32(1.0 / math.factorial(k)) for k in range(7, 1, -1))
-_LOWEST, _HIGHEST = np.float32(-87.0), np.float32(88.8)
+_LOWEST, _HIGHEST = np.float32(-88.0), np.float32(88.8)  # of which 2^n is zero, and infinite
 
 _WORD = np.uint64(32)
 _MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
@@ -41,7 +41,10 @@ _KEY_STEPS = np.uint32(0x9E3779B9), np.uint32(0xBB67AE85)
 
 @_compile
 def exponential(x: Any) -> Any:
-    """e^x in float32 to two units in the last place: 2^n times a polynomial of what is left, |r| <= ln(2) / 2."""
+    """e^x in float32 to two units in the last place: 2^n times a polynomial of what is left, |r| <= ln(2) / 2.
+
+    Zero below -87.3, where numbers are no longer normal, and infinite from 88.4 on.
+    """
     x = _LOWEST if x < _LOWEST else (_HIGHEST if x > _HIGHEST else x)  # so that NaN stays
     n = np.floor(x * _LOG2_E + np.float32(0.5))
     r = x - n * _LN2_HIGH - n * _LN2_LOW
@@ -53,8 +56,12 @@ def exponential(x: Any) -> Any:
 
 
 @_compile
-def _sigmoid(x: Any) -> Any:
-    return _ONE / (_ONE + exponential(-x))
+def _shares(x: Any) -> Any:
+    """sigmoid(x) and sigmoid(-x), both with all their digits."""
+    e = exponential(-abs(x))
+    more = _ONE / (_ONE + e)
+    less = e * more
+    return (more, less) if x >= 0 else (less, more)
 
 
 @numba.njit(inline="always")  # or its rounds stay a loop, which stands in the way of vectors
@@ -80,7 +87,10 @@ def _row(rows: Any, r: int, width: int) -> Any:
 
 @_compile
 def _dropout_task(row: int, first: int, last: int, seed: Any, limit: Any, scale: Any, x: Any, y: Any) -> None:
-    """Zeroes the numbers of groups `first` to `last` whose draw is above the limit, and scales the others."""
+    """Zeroes the numbers of groups `first` to `last` whose draw is above the limit, and scales the others.
+
+    `row` counts rows of a batch for kernels that have them, here and below (see `share_out`).
+    """
     low, high, none = np.uint32(seed), np.uint32(seed >> _WORD), np.uint32(0)
     draws = np.empty(4 * _GROUP, np.uint32)
     firsts, seconds = draws[:_GROUP], draws[_GROUP : 2 * _GROUP]
@@ -104,29 +114,32 @@ def _silu_gate_task(row: int, first: int, last: int, width: int, x: Any, gate: A
     for r in range(first, last):
         a, u, made = _row(x, r, width), _row(gate, r, width), _row(y, r, width)
         for c in range(width):
-            made[c] = a[c] * u[c] * _sigmoid(u[c])
+            made[c] = a[c] * (u[c] / (_ONE + exponential(-u[c])))
 
 
 @_compile
 def _silu_gate_back_task(
     row: int, first: int, last: int, width: int, dy: Any, x: Any, gate: Any, dx: Any, dgate: Any
 ) -> None:
+    """Rows of its gradients."""
     for r in range(first, last):
         given, a, u = _row(dy, r, width), _row(x, r, width), _row(gate, r, width)
         to_x, to_gate = _row(dx, r, width), _row(dgate, r, width)
         for c in range(width):
-            s = _sigmoid(u[c])
-            to_x[c] = given[c] * u[c] * s
-            to_gate[c] = given[c] * a[c] * s * (_ONE + u[c] * (_ONE - s))
+            share, rest = _shares(u[c])
+            to_x[c] = given[c] * (u[c] * share)
+            to_gate[c] = given[c] * (a[c] * (share * (_ONE + u[c] * rest)))
 
 
 @_compile
 def _update_gate_task(row: int, first: int, last: int, width: int, x: Any, candidate: Any, update: Any, y: Any) -> None:
-    """Rows `first` to `last` of x + sigmoid(update) (candidate - x)."""
+    """Rows of x + sigmoid(update) (candidate - x), counted from the nearer end, which is then exact."""
     for r in range(first, last):
         a, h, u, made = _row(x, r, width), _row(candidate, r, width), _row(update, r, width), _row(y, r, width)
         for c in range(width):
-            made[c] = a[c] + _sigmoid(u[c]) * (h[c] - a[c])
+            share, rest = _shares(u[c])
+            way = h[c] - a[c]
+            made[c] = a[c] + share * way if share < rest else h[c] - rest * way
 
 
 @_compile
@@ -143,101 +156,98 @@ def _update_gate_back_task(
     dcandidate: Any,
     dupdate: Any,
 ) -> None:
+    """Rows of its gradients."""
     for r in range(first, last):
         given, a, h, u = _row(dy, r, width), _row(x, r, width), _row(candidate, r, width), _row(update, r, width)
         to_x, to_candidate, to_update = _row(dx, r, width), _row(dcandidate, r, width), _row(dupdate, r, width)
         for c in range(width):
-            s = _sigmoid(u[c])
-            taken = given[c] * s
-            to_x[c] = given[c] - taken
-            to_candidate[c] = taken
-            to_update[c] = taken * (_ONE - s) * (h[c] - a[c])
+            share, rest = _shares(u[c])
+            to_x[c] = given[c] * rest
+            to_candidate[c] = given[c] * share
+            to_update[c] = given[c] * (share * rest * (h[c] - a[c]))
 
 
-def _dropout(x: Tensor, seed: int, p: float) -> Tensor:
+def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     y = reserve(x, zeros=False)
     numbers = x.contiguous().numpy().reshape(-1)
     limit = np.uint32(max(round((1.0 - p) * 2**32) - 1, 0))
-    arguments = (np.uint64(seed), limit, y.dtype.type(1.0 / (1.0 - p)), numbers, y.reshape(-1))
-    share_out(_dropout_task, 1, -(-numbers.size // (4 * _GROUP)), numbers.size * _COST, *arguments)
+    arguments = (np.uint64(int(seed) % 2**64), limit, y.dtype.type(1.0 / (1.0 - p)), numbers, y.reshape(-1))
+    if numbers.size:
+        share_out(_dropout_task, 1, -(-numbers.size // (4 * _GROUP)), numbers.size * _COST, *arguments)
     return torch.from_numpy(y)
 
 
 def _silu_gate(x: Tensor, gate: Tensor) -> Tensor:
-    (y,) = _by_rows(_silu_gate_task, 1, x, gate)
+    (y,) = _run(_silu_gate_task, 1, x, gate)
     return y
 
 
 def _silu_gate_back(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-    return _by_rows(_silu_gate_back_task, 2, dy, x, gate)
+    return _run(_silu_gate_back_task, 2, dy, x, gate)
 
 
 def _update_gate(x: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
-    (y,) = _by_rows(_update_gate_task, 1, x, candidate, update)
+    (y,) = _run(_update_gate_task, 1, x, candidate, update)
     return y
 
 
 def _update_gate_back(dy: Tensor, x: Tensor, candidate: Tensor, update: Tensor) -> tuple[Tensor, ...]:
-    return _by_rows(_update_gate_back_task, 3, dy, x, candidate, update)
+    return _run(_update_gate_back_task, 3, dy, x, candidate, update)
 
 
-def _by_rows(task: Compiled, results: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+def _run(task: Compiled, results: int, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Results, each like the first input, of a task over rows of the last axis."""
-    made = [torch.from_numpy(reserve(inputs[0], zeros=False)) for _ in range(results)]
-    rows = [_rows(part) for part in (*inputs, *made)]
-    width = inputs[0].shape[-1]
-    count = inputs[0].numel() // width
-    share_out(task, 1, count, count * width * _COST, width, *rows)
-    return tuple(made)
+    x = inputs[0]
+    for part in inputs:
+        if part.shape != x.shape or part.dtype != torch.float32:
+            raise ValueError(
+                f"Tensors of a compiled gate must be float32 and of one shape, but are "
+                f"{', '.join(f'{other.dtype} {tuple(other.shape)}' for other in inputs)}; use torch's functions."
+            )
+    made = tuple(torch.from_numpy(reserve(x, zeros=False)) for _ in range(results))
+    if x.numel():
+        width = x.shape[-1] if x.dim() else 1
+        count = x.numel() // width
+        share_out(task, 1, count, x.numel() * _COST, width, *(_in_rows(part, width) for part in (*inputs, *made)))
+    return made
 
 
-def _rows(x: Tensor) -> tuple[Array, int]:
+def _in_rows(x: Tensor, width: int) -> tuple[Array, int]:
     """The numbers of a tensor, from its first to its last one, and how many of them lie from row to row."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(-1, width)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     count, stride = rows.shape[0], rows.stride(0)
-    return rows.as_strided(((count - 1) * stride + rows.shape[1],), (1,)).numpy(), stride
+    return rows.as_strided(((count - 1) * stride + width,), (1,)).numpy(), stride
 
 
-def _same_shape(x: Tensor, *others: Any) -> Tensor:
+def _like_first(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _same_shapes(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_same_shape(part) for part in inputs)
+def _like_inputs(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(map(_like_first, inputs))
 
 
-dropout = torch_operator("dropout", "Tensor x, int seed, float p", _dropout, _same_shape, 1)
-"""Zeroes numbers of a contiguous or other tensor with probability p and scales the others by 1 / (1 - p)."""
+dropout = torch_operator("dropout", "Tensor x, Tensor seed, float p", _dropout, _like_first, 1)
+"""Zeroes numbers of a tensor with probability p and scales the others by 1 / (1 - p); the seed is one int64."""
 
-silu_gate = torch_operator("silu_gate", "Tensor x, Tensor gate", _silu_gate, _same_shape, 1)
+silu_gate = torch_operator("silu_gate", "Tensor x, Tensor gate", _silu_gate, _like_first, 1)
 """x silu(gate); all tensors of a gate are float32 and of one shape."""
 
 silu_gate_back = torch_operator(
-    "silu_gate_backward", "Tensor dy, Tensor x, Tensor gate", _silu_gate_back, _same_shapes, 2
+    "silu_gate_backward", "Tensor dy, Tensor x, Tensor gate", _silu_gate_back, _like_inputs, 2
 )
 """Gradients of x and of the gate."""
 
-update_gate = torch_operator("update_gate", "Tensor x, Tensor candidate, Tensor update", _update_gate, _same_shape, 1)
+update_gate = torch_operator("update_gate", "Tensor x, Tensor candidate, Tensor update", _update_gate, _like_first, 1)
 """x + sigmoid(update) (candidate - x)."""
 
 update_gate_back = torch_operator(
     "update_gate_backward",
     "Tensor dy, Tensor x, Tensor candidate, Tensor update",
     _update_gate_back,
-    _same_shapes,
+    _like_inputs,
     3,
 )
 """Gradients of x, of the candidate and of the update."""
-
-
-def _dropout_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-    return dropout(dy, ctx.seed, ctx.p), None, None
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, ctx.seed, ctx.p = inputs
-
-
-dropout.register_autograd(_dropout_gradient, setup_context=_remember)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +110,8 @@ class CompiledSteps:
             with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
                 return self._compiled(model, tokens, padding_mask, state)
         self._shown = slots
-        return self._compiled(model, tokens, padding_mask, self._windowed(state, slots))
+        with torch._dynamo.config.patch(_no_limits()):
+            return self._compiled(model, tokens, padding_mask, self._windowed(state, slots))
 
     def _slots(self, keys: WorkingKeys, position: int) -> int:
         """Slots that are shown while the token at a position, the last of any row, is read."""
@@ -135,6 +138,13 @@ class CompiledSteps:
 
         shown: DecoderState = _map_keys(windowed, state)
         return shown
+
+
+@cache
+def _no_limits() -> dict[str, int]:
+    """Settings that let a step be compiled for any number of models and rows: torch fails at the ninth otherwise."""
+    name = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    return {name: sys.maxsize, f"accumulated_{name}": sys.maxsize}
 
 
 def _room(keys: ChunkKeys | GrowingKeys | FixedKeys, slots: int) -> Tensor:

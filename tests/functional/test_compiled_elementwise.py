@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from laws import assert_close, assert_same
-from megablocks import GatedCrossAttention, MovingAverageGatedAttention, NormalizedFFN
+from megablocks import GatedCrossAttention, MovingAverageGatedAttention, NormalizedFFN, ema_backend
 from megablocks.functional import backends
 from megablocks.functional.activation import silu_gate, update_gate
 from megablocks.functional.dropout import dropout
@@ -110,15 +113,52 @@ def test_gradients_of_gradients_are_right(name, served):
         assert_close(made, wanted, 1e-6)
 
 
-def test_dropout_draws_the_same_in_the_backward_pass_and_keeps_nothing(served):
+def test_dropout_draws_the_same_in_the_backward_pass_and_keeps_a_seed(served):
     kept: list[Tensor] = []
     x = torch.ones(LARGE, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda part: (kept.append(part), part)[1], lambda part: part):
         y = dropout(x, 0.3)
     (gradient,) = torch.autograd.grad(y.sum(), x)
     assert served == ["dropout", "dropout"]
-    assert not kept
+    assert [part.numel() for part in kept] == [1]
     assert_same(gradient, y.detach())
+
+
+def test_gradients_of_any_kind_fall_where_values_do():
+    x = torch.ones(LARGE, requires_grad=True)
+    y = dropout(x, 0.3)
+    mask, given = y.detach(), torch.randn(2, *LARGE)
+    (rows,) = torch.autograd.grad(y, x, given, is_grads_batched=True, retain_graph=True)
+    assert_same(rows, given * mask)
+    with forward_ad.dual_level():
+        (dual,) = torch.autograd.grad(y, x, forward_ad.make_dual(*given), retain_graph=True)
+        assert_same(forward_ad.unpack_dual(dual).tangent, given[1] * mask)
+    leaf = given[0].clone().requires_grad_()
+    (first,) = torch.autograd.grad(y, x, leaf, create_graph=True)
+    (second,) = torch.autograd.grad(first, leaf, given[1])
+    assert_same(second, given[1] * mask)
+
+
+def test_sparse_gradients_fall_where_values_do():
+    x = torch.ones(300, 256, requires_grad=True)
+    y = dropout(x * 1.0, 0.3)
+    torch.nn.functional.embedding(torch.tensor([3, 5]), y, sparse=True).sum().backward()
+    expected = torch.zeros(300, 256)
+    expected[[3, 5]] = y.detach()[[3, 5]]
+    assert_same(x.grad.to_dense() if x.grad.is_sparse else x.grad, expected)
+
+
+def test_a_dropout_goes_back_under_another_default(served):
+    x = torch.ones(LARGE, requires_grad=True)
+    with ema_backend("blocked"):
+        y = torch.utils.checkpoint.checkpoint(lambda x: dropout(x, 0.3) * 1.0, x, use_reentrant=True)
+    y.sum().backward()
+    assert_same(x.grad, y.detach())
+
+
+def test_a_traced_dropout_goes_on_drawing():
+    traced = make_fx(lambda x: dropout(x, 0.5))(torch.ones(LARGE))
+    assert not torch.equal(traced(torch.ones(LARGE)), traced(torch.ones(LARGE)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -134,8 +174,8 @@ def test_seeds_reproduce_large_dropout(dtype, served):
 def test_recomputing_draws_the_same():
     x = torch.ones(LARGE, requires_grad=True)
     y = torch.utils.checkpoint.checkpoint(lambda x: dropout(x, 0.3) * x, x, use_reentrant=False)
-    (gradient,) = torch.autograd.grad(y.sum(), x)
-    assert_same(gradient, 2 * y.detach())
+    y.sum().backward()
+    assert_same(x.grad, 2 * y.detach())
 
 
 @pytest.mark.parametrize("aligned", [False, True])
@@ -184,3 +224,32 @@ def test_a_compiler_sees_torch_alone(served):
     made = whole(*inputs)
     assert not served
     assert_close(made, silu_gate(inputs[0], inputs[2]) + update_gate(*inputs) + inputs[0], 1e-6)
+
+
+@pytest.mark.compile
+def test_compiled_and_exported_programs_know_no_border():
+    layer = MovingAverageGatedAttention(16, 8, value_dim=32).eval()
+    x = torch.randn(3, 40, 16)
+    with torch.no_grad():
+        rows = {0: torch.export.Dim("rows", min=2, max=100_000)}
+        program = torch.export.export(layer, (x,), dynamic_shapes=(rows,)).module()
+        many = torch.randn(120, 40, 16)
+        assert many.numel() > backends.ENOUGH > x.numel()
+        assert_close(program(many), layer(many), 1e-5)
+        counter = CompileCounterWithBackend("aot_eager")
+        whole = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+        graphs = []
+        for given in (x, torch.randn(5, 40, 16), many):
+            assert_close(whole(given), layer(given), 1e-5)
+            graphs.append(counter.frame_count)
+    assert graphs[2] == graphs[1]
+
+
+@pytest.mark.parametrize("name", ["blocked", "recurrent"])
+def test_a_default_that_compiles_nothing_holds_for_gates(name, served):
+    with ema_backend(name):
+        silu_gate(*tensors(2))
+    assert not served
+    with ema_backend("numba_cpu"):
+        silu_gate(*tensors(2))
+    assert served == ["silu_gate"]

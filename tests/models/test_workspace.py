@@ -113,6 +113,15 @@ def test_one_compiled_step_serves_every_length(graphs):
     assert graphs.frame_count == 1
 
 
+def test_any_number_of_rows_and_models_may_be_compiled(graphs):
+    with torch._dynamo.config.patch(recompile_limit=2, accumulated_recompile_limit=2):  # torch's are 8 and 256
+        for rows in range(1, 4):
+            language_model, prompt = model(), PROMPT[:1].expand(rows, -1)
+            plain, fast = (generate(language_model, prompt, max_new_tokens=4, compiled=way) for way in (False, True))
+            assert_same(fast.tokens, plain.tokens)
+    assert graphs.frame_count == 3
+
+
 def test_a_compiled_step_does_not_go_beyond_a_bias(graphs):
     language_model = model(position_bias="simple", max_positions=50)
     wanted = generate(language_model, PROMPT, max_new_tokens=45)
