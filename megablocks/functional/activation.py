@@ -50,10 +50,11 @@ class _SiluGate(torch.autograd.Function):
         if not _may_overwrite(gradient):
             return gradient * F.silu(gate), _silu_slope(gradient * x, gate)
         if (compiled := compiled_gates(gradient, x, gate)) is not None:
-            both: tuple[Tensor, Tensor] = compiled.silu_gate_back(gradient, x, gate)
-            return both
+            slope: Tensor = compiled.silu_gate_slope(gradient, x, gate)
+            del x  # which may have been made for this alone
+            return compiled.silu_gate(gradient, gate), slope
         slope = gradient * x
-        del x  # which may have been made for this alone
+        del x
         torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=slope)
         return F.silu(gate).mul_(gradient), slope
 
@@ -96,10 +97,11 @@ class _UpdateGate(torch.autograd.Function):
         x, candidate, update = ctx.saved_tensors
         compiled = compiled_gates(gradient, x, candidate, update) if _may_overwrite(gradient) else None
         if compiled is not None:
-            all_three: tuple[Tensor, Tensor, Tensor] = compiled.update_gate_back(gradient, x, candidate, update)
-            return all_three
+            slope: Tensor = compiled.update_gate_slope(gradient, x, candidate, update)
+            del x, candidate  # as above
+            return *compiled.update_gate_shares(gradient, update), slope
         slope = candidate - x
-        del x, candidate  # as above
+        del x, candidate
         gate = update.sigmoid()
         taken = gradient * gate
         if not _may_overwrite(gradient):

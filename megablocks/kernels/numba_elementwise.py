@@ -10,6 +10,7 @@ Loops run over rows of contiguous numbers, which numba turns into vector instruc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -118,17 +119,13 @@ def _silu_gate_task(row: int, first: int, last: int, width: int, x: Any, gate: A
 
 
 @_compile
-def _silu_gate_back_task(
-    row: int, first: int, last: int, width: int, dy: Any, x: Any, gate: Any, dx: Any, dgate: Any
-) -> None:
-    """Rows of its gradients."""
+def _silu_gate_slope_task(row: int, first: int, last: int, width: int, dy: Any, x: Any, gate: Any, dgate: Any) -> None:
+    """Rows of the gradient of the gate; that of x is the gradient of y, gated."""
     for r in range(first, last):
-        given, a, u = _row(dy, r, width), _row(x, r, width), _row(gate, r, width)
-        to_x, to_gate = _row(dx, r, width), _row(dgate, r, width)
+        given, a, u, made = _row(dy, r, width), _row(x, r, width), _row(gate, r, width), _row(dgate, r, width)
         for c in range(width):
             share, rest = _shares(u[c])
-            to_x[c] = given[c] * (u[c] * share)
-            to_gate[c] = given[c] * (a[c] * (share * (_ONE + u[c] * rest)))
+            made[c] = given[c] * (a[c] * (share * (_ONE + u[c] * rest)))
 
 
 @_compile
@@ -143,28 +140,29 @@ def _update_gate_task(row: int, first: int, last: int, width: int, x: Any, candi
 
 
 @_compile
-def _update_gate_back_task(
-    row: int,
-    first: int,
-    last: int,
-    width: int,
-    dy: Any,
-    x: Any,
-    candidate: Any,
-    update: Any,
-    dx: Any,
-    dcandidate: Any,
-    dupdate: Any,
+def _update_gate_slope_task(
+    row: int, first: int, last: int, width: int, dy: Any, x: Any, candidate: Any, update: Any, dupdate: Any
 ) -> None:
-    """Rows of its gradients."""
+    """Rows of the gradient of the update."""
     for r in range(first, last):
         given, a, h, u = _row(dy, r, width), _row(x, r, width), _row(candidate, r, width), _row(update, r, width)
-        to_x, to_candidate, to_update = _row(dx, r, width), _row(dcandidate, r, width), _row(dupdate, r, width)
+        made = _row(dupdate, r, width)
         for c in range(width):
             share, rest = _shares(u[c])
-            to_x[c] = given[c] * rest
-            to_candidate[c] = given[c] * share
-            to_update[c] = given[c] * (share * rest * (h[c] - a[c]))
+            made[c] = given[c] * (share * rest * (h[c] - a[c]))
+
+
+@_compile
+def _update_gate_shares_task(
+    row: int, first: int, last: int, width: int, dy: Any, update: Any, dx: Any, dcandidate: Any
+) -> None:
+    """Rows of what x and the candidate have of the gradient."""
+    for r in range(first, last):
+        given, u = _row(dy, r, width), _row(update, r, width)
+        to_x, to_candidate = _row(dx, r, width), _row(dcandidate, r, width)
+        for c in range(width):
+            share, rest = _shares(u[c])
+            to_x[c], to_candidate[c] = given[c] * rest, given[c] * share
 
 
 def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
@@ -177,22 +175,12 @@ def _dropout(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return torch.from_numpy(y)
 
 
-def _silu_gate(x: Tensor, gate: Tensor) -> Tensor:
-    (y,) = _run(_silu_gate_task, 1, x, gate)
-    return y
+def _gate(task: Compiled) -> Callable[..., Tensor]:
+    return lambda *inputs: _run(task, 1, *inputs)[0]
 
 
-def _silu_gate_back(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
-    return _run(_silu_gate_back_task, 2, dy, x, gate)
-
-
-def _update_gate(x: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
-    (y,) = _run(_update_gate_task, 1, x, candidate, update)
-    return y
-
-
-def _update_gate_back(dy: Tensor, x: Tensor, candidate: Tensor, update: Tensor) -> tuple[Tensor, ...]:
-    return _run(_update_gate_back_task, 3, dy, x, candidate, update)
+def _update_gate_shares(dy: Tensor, update: Tensor) -> tuple[Tensor, ...]:
+    return _run(_update_gate_shares_task, 2, dy, update)
 
 
 def _run(task: Compiled, results: int, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -225,29 +213,36 @@ def _like_first(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _like_inputs(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(map(_like_first, inputs))
+def _like_both(dy: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    return _like_first(dy), _like_first(dy)
 
 
 dropout = torch_operator("dropout", "Tensor x, Tensor seed, float p", _dropout, _like_first, 1)
 """Zeroes numbers of a tensor with probability p and scales the others by 1 / (1 - p); the seed is one int64."""
 
-silu_gate = torch_operator("silu_gate", "Tensor x, Tensor gate", _silu_gate, _like_first, 1)
+silu_gate = torch_operator("silu_gate", "Tensor x, Tensor gate", _gate(_silu_gate_task), _like_first, 1)
 """x silu(gate); all tensors of a gate are float32 and of one shape."""
 
-silu_gate_back = torch_operator(
-    "silu_gate_backward", "Tensor dy, Tensor x, Tensor gate", _silu_gate_back, _like_inputs, 2
+silu_gate_slope = torch_operator(
+    "silu_gate_slope", "Tensor dy, Tensor x, Tensor gate", _gate(_silu_gate_slope_task), _like_first, 1
 )
-"""Gradients of x and of the gate."""
+"""The gradient of that gate."""
 
-update_gate = torch_operator("update_gate", "Tensor x, Tensor candidate, Tensor update", _update_gate, _like_first, 1)
+update_gate = torch_operator(
+    "update_gate", "Tensor x, Tensor candidate, Tensor update", _gate(_update_gate_task), _like_first, 1
+)
 """x + sigmoid(update) (candidate - x)."""
 
-update_gate_back = torch_operator(
-    "update_gate_backward",
+update_gate_slope = torch_operator(
+    "update_gate_slope",
     "Tensor dy, Tensor x, Tensor candidate, Tensor update",
-    _update_gate_back,
-    _like_inputs,
-    3,
+    _gate(_update_gate_slope_task),
+    _like_first,
+    1,
 )
-"""Gradients of x, of the candidate and of the update."""
+"""The gradient of that update."""
+
+update_gate_shares = torch_operator(
+    "update_gate_shares", "Tensor dy, Tensor update", _update_gate_shares, _like_both, 2
+)
+"""The gradients of x and of the candidate."""

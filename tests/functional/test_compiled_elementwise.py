@@ -27,6 +27,11 @@ class Own(Tensor):
 
 
 FUNCTIONS = {"silu_gate": (silu_gate, 2), "update_gate": (update_gate, 3)}
+BACKWARD = {
+    "silu_gate": ["silu_gate_slope", "silu_gate"],
+    "update_gate": ["update_gate_slope", "update_gate_shares"],
+}
+GATES = sorted({*FUNCTIONS, *BACKWARD["silu_gate"], *BACKWARD["update_gate"]})
 every_gate = pytest.mark.parametrize("name", FUNCTIONS)
 
 
@@ -38,7 +43,7 @@ def served(monkeypatch):
     def counted(name, function):
         return lambda *arguments: (calls.append(name), function(*arguments))[1]
 
-    for name in ("silu_gate", "silu_gate_back", "update_gate", "update_gate_back", "dropout"):
+    for name in (*GATES, "dropout"):
         monkeypatch.setattr(numba_elementwise, name, counted(name, getattr(numba_elementwise, name)))
     return calls
 
@@ -55,7 +60,7 @@ def test_large_gates_are_compiled_forward_and_backward(name, served):
     function(*inputs).sum().backward()
     with torch.no_grad():
         function(*inputs)
-    assert served == [name, f"{name}_back", name]
+    assert served == [name, *BACKWARD[name], name]
 
 
 @every_gate
@@ -197,8 +202,7 @@ def test_layers_are_what_they_are_in_float64(aligned, dropped, monkeypatch, serv
         outputs_and_gradients(copy.deepcopy(blocks).to(dtype), x.to(dtype), memory.to(dtype), mask)
         for dtype in (torch.float32, torch.float64)
     )
-    expected = {"silu_gate", "silu_gate_back", "update_gate", "update_gate_back", *(["dropout"] if dropped else [])}
-    assert set(served) == expected
+    assert set(served) == {*GATES, *(["dropout"] if dropped else [])}
     largest = max(part.abs().max().item() for part in wanted)
     for one, other in zip(made, wanted, strict=True):
         assert_close(one, other, 2e-5, floor=1e-3 * largest)

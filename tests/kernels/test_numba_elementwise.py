@@ -61,9 +61,19 @@ def update_gate(x: Tensor, candidate: Tensor, update: Tensor) -> Tensor:
     return share(update) * candidate + share(-update) * x
 
 
+def silu_gate_back(dy: Tensor, x: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+    """All gradients of the one gate."""
+    return compiled.silu_gate(dy, gate), compiled.silu_gate_slope(dy, x, gate)
+
+
+def update_gate_back(dy: Tensor, x: Tensor, candidate: Tensor, update: Tensor) -> tuple[Tensor, ...]:
+    """All gradients of the other."""
+    return *compiled.update_gate_shares(dy, update), compiled.update_gate_slope(dy, x, candidate, update)
+
+
 GATES = {
-    "silu_gate": (silu_gate, compiled.silu_gate, compiled.silu_gate_back, 2),
-    "update_gate": (update_gate, compiled.update_gate, compiled.update_gate_back, 3),
+    "silu_gate": (silu_gate, compiled.silu_gate, silu_gate_back, 2),
+    "update_gate": (update_gate, compiled.update_gate, update_gate_back, 3),
 }
 
 
@@ -137,14 +147,14 @@ def test_gates_at_the_ends_of_their_range(extreme, other):
     torch.testing.assert_close(compiled.update_gate(x, one, gate), torch.lerp(x, one, gate.sigmoid()), **same)
     if abs(extreme) < float("inf"):  # torch's own slope is NaN at infinity
         slope = x * torch.ops.aten.silu_backward(one, gate)
-        torch.testing.assert_close(compiled.silu_gate_back(one, x, gate)[1], slope, **same)
+        torch.testing.assert_close(compiled.silu_gate_slope(one, x, gate), slope, **same)
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (0,), (0, 3), (3, 0), (2, 1, 3, 5)])
 def test_any_number_of_axes_and_nothing_at_all(shape):
     inputs = [torch.randn(shape) for _ in range(4)]
     assert_close(compiled.silu_gate(*inputs[:2]), silu_gate(*inputs[:2]), 1e-6)
-    for made, wanted in zip(compiled.update_gate_back(*inputs), inputs[1:], strict=True):
+    for made, wanted in zip(update_gate_back(*inputs), inputs[1:], strict=True):
         assert made.shape == wanted.shape
     assert compiled.dropout(inputs[0], torch.tensor(3), 0.5).shape == shape
 
@@ -163,9 +173,10 @@ CALLS = {
         name: tuple(torch.randn(2, 3, 5, generator=SMALL) for _ in range(count))
         for name, count in {
             "silu_gate": 2,
-            "silu_gate_backward": 3,
+            "silu_gate_slope": 3,
             "update_gate": 3,
-            "update_gate_backward": 4,
+            "update_gate_slope": 4,
+            "update_gate_shares": 2,
         }.items()
     },
 }
