@@ -1,8 +1,8 @@
-"""Gates and dropout on the CPU, compiled by numba: each number is read once and written once.
+"""Gates and dropout on the CPU, compiled by numba, in as few passes over memory as there can be.
 
 One function of torch after another reads and writes whole tensors, and a processor waits for memory most of that time:
-the gradient of a gate takes six of them. Here it is one pass. Dropout needs no memory for what it has dropped: it draws
-the same again in the backward pass, from the seed.
+a gate takes two such functions, its gradients four to six. Here they take one and two. Dropout keeps nothing of what it
+has dropped: it draws the same again in the backward pass, from the seed.
 
 Loops run over rows of contiguous numbers, which numba turns into vector instructions by itself.
 """
