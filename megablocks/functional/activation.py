@@ -95,8 +95,11 @@ class _UpdateGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, candidate, update = ctx.saved_tensors
-        compiled = compiled_gates(gradient, x, candidate, update) if _may_overwrite(gradient) else None
-        if compiled is not None:
+        if not _may_overwrite(gradient):
+            gate = update.sigmoid()
+            taken = gradient * gate
+            return gradient - taken, taken, (candidate - x) * taken * (1.0 - gate)
+        if (compiled := compiled_gates(gradient, x, candidate, update)) is not None:
             slope: Tensor = compiled.update_gate_slope(gradient, x, candidate, update)
             del x, candidate  # as above
             return *compiled.update_gate_shares(gradient, update), slope
@@ -104,8 +107,6 @@ class _UpdateGate(torch.autograd.Function):
         del x, candidate
         gate = update.sigmoid()
         taken = gradient * gate
-        if not _may_overwrite(gradient):
-            return gradient - taken, taken, slope * taken * (1.0 - gate)
         slope.mul_(gradient)
         torch.ops.aten.sigmoid_backward.grad_input(slope, gate, grad_input=slope)
         return torch.sub(gradient, taken, out=gate), taken, slope

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
@@ -221,7 +220,7 @@ def outputs_and_gradients(blocks: torch.nn.ModuleList, x: Tensor, memory: Tensor
 def test_a_compiler_sees_torch_alone(served):
     inputs = tensors(3)
     whole = torch.compile(
-        lambda x, candidate, update: silu_gate(x, update) + update_gate(x, candidate, update) + F.dropout(x, 0.0),
+        lambda x, candidate, update: silu_gate(x, update) + update_gate(x, candidate, update) + dropout(x, 0.0),
         backend="aot_eager",
         fullgraph=True,
     )
