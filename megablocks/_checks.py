@@ -86,10 +86,20 @@ def check_even(name: str, value: int, what: str) -> None:
         raise ValueError(f"`{name}` must be even for {what}, but is {value}.")
 
 
+def refuse_class(name: str, value: object) -> None:
+    """Raises if a class is given for an instance: called with a tensor, it would make an object of it."""
+    if isinstance(value, type):
+        raise TypeError(
+            f"`{name}` must be an instance, but is the class {value.__name__}; pass one, as in "
+            f"{name}={value.__name__}(...)."
+        )
+
+
 def lookup(name: str, key: object, table: Mapping[str, T], *, others: str = "") -> T:
     """Returns `table[key]`; an unknown key is answered with the known ones and with what else is accepted."""
     if isinstance(key, str) and key in table:
         return table[key]
+    refuse_class(name, key)
     known = ", ".join(repr(known) for known in table)
     raise ValueError(f"`{name}` must be one of {known}{others}, but is {key!r}.")
 
@@ -167,6 +177,17 @@ def check_state(state: object, kinds: type | tuple[type, ...], owner: str) -> No
         )
 
 
+def check_rows(rows: object) -> Tensor:
+    """Returns `rows` if they are row numbers of a batch, (B',)."""
+    if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.int32) or rows.dim() != 1:
+        kind = f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise TypeError(
+            f"`rows` must be an int64 tensor of row numbers, of one axis, but is {kind}; make one by "
+            "`torch.tensor([0, 2])`, or of a mask of rows to keep by `mask.nonzero().squeeze(1)`."
+        )
+    return rows
+
+
 def check_state_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """Raises unless a state's tensor has the shape, without the batch, that this layer makes."""
     if tuple(tensor.shape[1:]) != expected:
@@ -176,9 +197,14 @@ def check_state_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> N
         )
 
 
+def transforming() -> bool:
+    """Whether a transform of `torch.func` is at work, as far as torch can tell."""
+    return bool(getattr(torch._C, "_are_functorch_transforms_active", bool)())
+
+
 def values_readable(*tensors: Tensor) -> bool:
     """Whether checks of values may read these tensors: eager mode, on the CPU."""
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling() or transforming():
         return False
     return all(type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu" for tensor in tensors)
 
@@ -307,6 +333,16 @@ def check_table(length: int, max_positions: int) -> None:
         )
 
 
+def check_relative_bias(bias: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """Returns what a position bias gave if it is a number for each query and key, the same for all rows or not."""
+    if tuple(bias.shape) not in (expected, expected[-2:]):
+        raise ValueError(
+            f"A position bias must return shape {expected} for these positions, a number for each query and key, but "
+            f"returned shape {tuple(bias.shape)}; there is one head, and no axis for it."
+        )
+    return bias
+
+
 def check_relative_table(table: Tensor) -> Tensor:
     """Returns what a bias's `relative_table` gave if it holds one number for each relative position."""
     if table.dim() != 1 or table.shape[0] % 2 == 0:
@@ -315,6 +351,15 @@ def check_relative_table(table: Tensor) -> Tensor:
             f"relative position, but returned shape {tuple(table.shape)}; `RotaryRelativeBias` shows how."
         )
     return table
+
+
+def check_kept_shape(name: str, made: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """Returns what a part of the user's gave if it has the shape that it should leave as it is."""
+    if tuple(made.shape) != expected:
+        raise ValueError(
+            f"`{name}` must return shape {expected}, but returned shape {tuple(made.shape)}; nothing is broadcast here."
+        )
+    return made
 
 
 def check_module(name: str, module: object, like: str) -> None:
@@ -327,13 +372,22 @@ def _kind(value: object) -> str:
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
 
 
+def check_one_width(parts: Mapping[str, object]) -> None:
+    """Raises if parts say that they are made for other widths than the first part that has one; `None` is no part."""
+    widths = (getattr(part, "embed_dim", None) for part in parts.values())
+    width = next((width for width in widths if isinstance(width, int)), None)
+    if width is not None:
+        for name, part in parts.items():
+            check_width(name, part, width)
+
+
 def check_width(name: str, module: object, embed_dim: int) -> None:
     """Raises if a part says that it is made for another width than the layer's."""
     width = getattr(module, "embed_dim", embed_dim)
     if width != embed_dim:
         raise ValueError(
-            f"`{name}` must have the width of the layer, {embed_dim}, but is a {type(module).__name__} "
-            f"of width {width}."
+            f"`{name}` must have the width of what it is part of, {embed_dim}, but is a {type(module).__name__} of "
+            f"width {width}; make both of one width."
         )
 
 

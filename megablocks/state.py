@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from megablocks._checks import check_rows
+
 StateT = TypeVar("StateT")
 
 
@@ -166,7 +168,17 @@ def select_rows(state: StateT, rows: Tensor) -> StateT:
     Args:
         state: Any state of this package.
         rows: Row numbers, `(B',)`, int64, in any order, repeats allowed.
+
+    Raises:
+        TypeError: If `rows` is anything else, such as a list or a mask.
+
+    Example:
+        >>> from megablocks import MultiDimensionDampedEMA
+        >>> state = MultiDimensionDampedEMA(8, 4).init_state(3)
+        >>> select_rows(state, torch.tensor([2, 0])).hidden.shape
+        torch.Size([2, 8, 4])
     """
+    check_rows(rows)
     return _map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)), state)
 
 

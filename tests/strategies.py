@@ -103,6 +103,21 @@ class Case:
         return Sample(draw(self.length), mask(self.padding), draw(self.memory_length), mask(self.memory_padding))
 
 
+COVERING = (
+    Case(seed=0, chunk_size=3, padding=("..#....", "#....#."), memory_padding=("..#..", "....#")),
+    Case(seed=4, attention="laplace", bias="simple", truncation=4, norm="scalenorm", prenorm=False, cuts=(1, 4, 2)),
+    Case(
+        seed=8, attention="relu2", bias=None, chunk_size=4, truncation=3, norm="rmsnorm", padding=("....###", ".#.#...")
+    ),
+    Case(
+        seed=12, attention="laplace", chunk_size=2, norm="rmsnorm", prenorm=False, feed_forward=False, pooling="first"
+    ),
+    Case(seed=16, attention="relu2", norm=None, capacity=8, padding=("#######", ".......")),
+    Case(seed=20, bias="simple", chunk_size=5, truncation=9, norm="scalenorm", tied=False, embedding_norm=True, at=6),
+)
+"""Cases that no law goes without: every option, with something before `at` and behind a chunk."""
+
+
 def mask(rows: Mask) -> Tensor | None:
     """The tensor that the strings stand for, (B, L), True at `#`."""
     return None if rows is None else torch.tensor([[slot == "#" for slot in row] for row in rows])
@@ -118,9 +133,9 @@ def magnitudes() -> st.SearchStrategy[float]:
     return st.sampled_from([1.0, 1e-3, 30.0, 1e3])
 
 
-def lengths() -> st.SearchStrategy[int]:
-    """Lengths from 1 on, some beyond the blocks that averages are computed in."""
-    return st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 130]))
+def lengths(least: int = 1) -> st.SearchStrategy[int]:
+    """Lengths from the least on, some beyond the blocks that averages are computed in."""
+    return st.one_of(st.integers(least, 20), st.sampled_from([63, 64, 65, 130]))
 
 
 def segment_lengths(length: int) -> st.SearchStrategy[tuple[int, ...]]:
@@ -164,17 +179,21 @@ def optional_sizes(length: int) -> st.SearchStrategy[int | None]:
 
 @st.composite
 def cases(draw: st.DrawFn, **fixed: Any) -> Case:
-    """Every combination of sizes and options; `fixed` fields are as given."""
-    padded = fixed.pop("padded", None)
+    """Every combination of sizes and options; `fixed` fields are as given.
+
+    With `padded`, there is padding or there is none; with `past`, something stands before `at`; with `split`, there is
+    more than one chunk.
+    """
+    padded, past, split = (fixed.pop(name, None) for name in ("padded", "past", "split"))
 
     def take(name: str, strategy: st.SearchStrategy[Any]) -> Any:
         return fixed[name] if name in fixed else draw(strategy, label=name)
 
-    batch, length = take("batch", st.integers(1, 3)), take("length", lengths())
+    batch, length = take("batch", st.integers(1, 3)), take("length", lengths(2 if past or split else 1))
     memory_length = take("memory_length", st.integers(1, 9))
     causal = take("causal", st.booleans())
     bias = take("bias", st.sampled_from(["rotary", "simple", None]))
-    chunk_size = take("chunk_size", optional_sizes(length))
+    chunk_size = take("chunk_size", st.integers(1, length - 1) if split else optional_sizes(length))
     norm = take("norm", st.sampled_from(TOKENWISE_NORMS if causal else (*TOKENWISE_NORMS, "batchnorm")))
     no_padding = st.none()
     return Case(
@@ -212,5 +231,5 @@ def cases(draw: st.DrawFn, **fixed: Any) -> Case:
         training=take("training", st.just(False) if norm == "batchnorm" else st.booleans()),
         backend=take("backend", st.sampled_from(["auto", *ema_backend().available])),
         cuts=take("cuts", segment_lengths(length)),
-        at=take("at", st.integers(0, length - 1)),
+        at=take("at", st.integers(1 if past else 0, length - 1)),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import laws
 from law_layers import Block
 from laws import BLOCKS
 from megablocks.functional import ema_backend
-from strategies import TOKENWISE_NORMS, Case, cases
+from strategies import COVERING, TOKENWISE_NORMS, Case, cases
 
 
 def under(applies: Callable[[Block], bool] = lambda block: True) -> pytest.MarkDecorator:
@@ -23,22 +24,36 @@ def under(applies: Callable[[Block], bool] = lambda block: True) -> pytest.MarkD
 def hold(law: Callable[..., None], block: Block, case: Case, *extra: object) -> None:
     """Holds a block to a law, its averages computed by the case's backend.
 
-    A block of several layers takes several times as long, so it looks at a quarter of the cases: those whose seed
-    divides by 4. The choice is the case's own, so a failing case still fails when it is tried again.
+    A block of several layers takes several times as long, so of the drawn cases it looks at a quarter, besides all of
+    `COVERING`: those whose seed divides by 4. The choice is the case's own, so a failing case still fails when it is
+    tried again.
     """
     if block.depth == 1 or case.seed % 4 == 0:
         with ema_backend(case.backend):
             law(block, block.of(case), *extra)
 
 
+def covering(applies: Callable[[Case], bool] = lambda case: True, **fixed: object) -> Callable[..., Any]:
+    """Adds the cases that no law goes without to those that are drawn."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        for case in filter(applies, COVERING):
+            test = example(case=case.but(**fixed))(test)
+        return test
+
+    return decorate
+
+
 @under(lambda block: block.sequence and block.causal and not block.pooled)
-@given(case=cases(causal=True))
+@given(case=cases(causal=True, past=True))
+@covering()
 def test_causal(block, case):
     hold(laws.causal, block, case)
 
 
 @under(lambda block: block.start is not None)
 @given(case=cases(causal=True))
+@covering()
 @example(case=Case(chunk_size=4, padding=("#..#...", ".......")))
 @example(case=Case(length=6, cuts=(2, 4), capacity=6, padding=("..####", "##....")))
 def test_any_cut(block, case):
@@ -47,18 +62,23 @@ def test_any_cut(block, case):
 
 @under(lambda block: block.chunked)
 @given(case=cases(bias="rotary", qk_dim=4) | cases(bias=None))
+@covering(lambda case: case.bias != "simple")
 def test_chunks_that_hold_everything(block, case):
     hold(laws.chunks_that_hold_everything, block, case)
 
 
 @under(lambda block: block.chunked and not block.pooled)
-@given(case=cases(norm=None) | cases(norm="layernorm"))
+@given(case=cases(norm=None, split=True) | cases(norm="layernorm", split=True))
+@covering(lambda case: case.chunk_size is not None, norm="layernorm")
+@covering(lambda case: case.chunk_size is not None, norm=None, causal=False)
 def test_chunk_borders(block, case):
     hold(laws.chunk_borders, block, case)
 
 
 @under(lambda block: block.sequence)
 @given(case=cases(padded=True))
+@covering(lambda case: case.padding is not None)
+@covering(lambda case: case.padding is not None, causal=False)
 @example(case=Case(padding=("###....", "#######"), memory_padding=("#....", "#####")))
 def test_padding_is_deletion(block, case):
     hold(laws.padding_is_deletion, block, case)
@@ -66,6 +86,7 @@ def test_padding_is_deletion(block, case):
 
 @under(lambda block: block.normed)
 @given(case=cases(causal=False, padded=True))
+@covering(causal=False)
 @example(case=Case(causal=False, batch=1, padding=("######.",)))
 @example(case=Case(causal=False, padding=("#######", "#######")))
 def test_batch_statistics(block, case):
@@ -74,18 +95,22 @@ def test_batch_statistics(block, case):
 
 @under()
 @given(case=cases())
+@covering()
 def test_pure(block, case):
     hold(laws.pure, block, case)
 
 
 @under(lambda block: block.start is not None)
 @given(case=cases(causal=True))
+@covering()
 def test_states_are_values(block, case):
     hold(laws.states_are_values, block, case)
 
 
 @under()
 @given(case=cases())
+@covering()
+@covering(causal=False, causal_ema=False)
 @example(case=Case(batch=1, length=1, embed_dim=1, qk_dim=2, ema_dim=1, prenorm=False, causal=False, magnitude=1e3))
 @example(case=Case(batch=1, length=1, embed_dim=1, qk_dim=2, value_dim=None, prenorm=False, magnitude=1e3))
 def test_oracle(block, case):
@@ -94,6 +119,7 @@ def test_oracle(block, case):
 
 @under(lambda block: block.final is not None)
 @given(case=cases(causal=True))
+@covering()
 def test_oracle_state(block, case):
     hold(laws.oracle_state, block, case)
 
@@ -105,6 +131,7 @@ half_precisions = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float1
 @under()
 # A norm of a few channels divides by next to nothing now and then; 32 channels leave their roundings as they are.
 @given(case=cases(magnitude=1.0, embed_dim=32, qk_dim=16, value_dim=32))
+@covering(embed_dim=32, qk_dim=16, value_dim=32)
 def test_precision(block, dtype, case):
     hold(laws.precision, block, case, dtype)
 
@@ -113,24 +140,28 @@ def test_precision(block, dtype, case):
 @under(lambda block: block.sequence)
 # A norm of a few channels divides by next to nothing now and then; 32 channels leave their roundings as they are.
 @given(case=cases(magnitude=1.0, embed_dim=32, qk_dim=16, value_dim=32))
+@covering(embed_dim=32, qk_dim=16, value_dim=32)
 def test_autocast(block, dtype, case):
     hold(laws.autocast, block, case, dtype)
 
 
 @under()
 @given(case=cases())
+@covering()
 def test_seeds_reproduce(block, case):
     hold(laws.seeds_reproduce, block, case)
 
 
 @under()
 @given(case=cases())
+@covering()
 def test_copies(block, case):
     hold(laws.copies, block, case)
 
 
 @under(lambda block: block.start is not None)
 @given(case=cases(causal=True))
+@covering()
 def test_states_travel(block, case):
     hold(laws.states_travel, block, case)
 
@@ -174,6 +205,21 @@ def test_compiled_stream(block, name):
 
 def test_every_law_is_tested():
     assert {f"test_{name}" for name in laws.LAWS} <= set(globals())
+
+
+def test_covering_cases_leave_nothing_out():
+    """Stacks and models look at them, and no law is empty in all of them."""
+    assert all(case.seed % 4 == 0 and 0 < case.at < case.length and sum(case.cuts) == case.length for case in COVERING)
+    values = {name: {getattr(case, name) for case in COVERING} for name in ("attention", "bias", "norm", "prenorm")}
+    assert values == {
+        "attention": {"softmax", "laplace", "relu2"},
+        "bias": {"rotary", "simple", None},
+        "norm": set(TOKENWISE_NORMS),
+        "prenorm": {True, False},
+    }
+    for there in (lambda case: case.chunk_size, lambda case: case.truncation, lambda case: case.padding):
+        assert {there(case) is None for case in COVERING} == {True, False}
+    assert all(case.chunk_size is None or case.chunk_size < case.length for case in COVERING)
 
 
 def test_strategies_reach_every_option():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megablocks._checks import lookup
+from megablocks._checks import lookup, refuse_class
 from megablocks.functional.backends import compiled_gates
 from megablocks.functional.transforms import plain_only
 
@@ -159,12 +159,3 @@ def activation_function(activation: str | Activation) -> Activation:
     """Returns the activation of a name; a callable is returned as it is."""
     refuse_class("activation", activation)
     return activation if callable(activation) else lookup("activation", activation, ACTIVATIONS, others=_OTHERS)
-
-
-def refuse_class(name: str, value: object) -> None:
-    """Raises if a class is given for a function: called with scores, it would make an object of them."""
-    if isinstance(value, type):
-        raise TypeError(
-            f"`{name}` must be a function or an instance of a module, but is the class {value.__name__}; "
-            f"pass an instance, as in {name}={value.__name__}()."
-        )

@@ -29,7 +29,15 @@ from megablocks.functional.padding import (
     zero_padding,
 )
 from megablocks.functional.position import simple_bias
-from megablocks.functional.sight import PositionBias, Sight, apply_weights, attend, attend_sight, relative_table
+from megablocks.functional.sight import (
+    PositionBias,
+    Sight,
+    apply_weights,
+    attend,
+    attend_sight,
+    relative_bias,
+    relative_table,
+)
 from megablocks.state import ChunkKeys, FixedKeys, GrowingKeys, KeyState, WorkingKeys
 
 
@@ -151,7 +159,7 @@ def streamed_attention(
         out, weights = attend_sight(q, *seen, Sight(at, slot, causal=True), **options)
     else:
         visible = (slot <= at.unsqueeze(-1)) & (slot // size == at.unsqueeze(-1) // size)
-        relative = None if bias is None else bias(at % size, slot % size)
+        relative = None if bias is None else relative_bias(bias, at % size, slot % size)
         out, weights = attend(q, *seen, bias=relative, visible=visible, dropout=dropout)
     out = zero_padding(out, padding_mask)
     weights = zero_padding(weights, padding_mask).unsqueeze(1) if weights is not None and need_weights else None
@@ -159,9 +167,9 @@ def streamed_attention(
 
 
 def passed_chunks(state: KeyState, length: int) -> tuple[int, KeyState]:
-    """Returns how many tokens of a segment stand in chunks before that of its last token, and the keys behind them.
+    """Returns how many tokens of a segment stand in chunks before that of its last token, and keys at its beginning.
 
-    It counts those in front only where all rows stand alike and there is no padding; otherwise there are none.
+    None do unless all rows stand alike; the keys are then those of the state. Padding is for the caller to look at.
     """
     begin = _common_position(state.length) if isinstance(state, ChunkKeys) else None
     size = state.keys.shape[1]
@@ -186,10 +194,11 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor | None]:
     """Attends within chunks of slots; `filled` (B, S) are those that hold a query, the first ones of each row."""
     batch = q.shape[0]
-    q, k, v = (rearrange(x, "b (k c) z -> (b k) c z", c=size) for x in (q, k, v))
+    count = q.shape[1] // size  # which einops cannot find out of a batch without rows
+    q, k, v = (rearrange(x, "b (k c) z -> (b k) c z", k=count) for x in (q, k, v))
     shown = None
     if filled is not None:
-        filled = rearrange(filled.expand(batch, -1), "b (k c) -> (b k) c", c=size)
+        filled = rearrange(filled.expand(batch, -1), "b (k c) -> (b k) c", k=count)
         # Every slot before that of a real token is filled, so looking back needs no other mask.
         shown = None if causal else filled.unsqueeze(1)
     slot = torch.arange(size, device=q.device)
@@ -199,9 +208,9 @@ def _in_chunks(
     out, weights = attend_sight(q, k, v, function, sight, bias=bias, dropout=early, need_weights=need_weights)
     if weights is not None:
         weights = weights if filled is None else weights.masked_fill(~filled.unsqueeze(-1), 0.0)
-        weights = rearrange(weights, "(b k) c s -> b k c s", b=batch)
-        out = apply_weights(weights, rearrange(v, "(b k) c v -> b k c v", b=batch), dropout).flatten(0, 1)
-    return rearrange(out, "(b k) c v -> b (k c) v", b=batch), weights
+        weights = rearrange(weights, "(b k) c s -> b k c s", k=count)
+        out = apply_weights(weights, rearrange(v, "(b k) c v -> b k c v", k=count), dropout).flatten(0, 1)
+    return rearrange(out, "(b k) c v -> b (k c) v", k=count), weights
 
 
 def _in_place(
@@ -251,7 +260,7 @@ def _bias_of_newest(table: Tensor, query: Tensor, keys: Tensor) -> Tensor:
 
 def _common_position(length: Tensor) -> int | None:
     """Where all rows of a state stand, if they stand alike and that can be read."""
-    if not values_readable(length) or not bool((length == length[0]).all()):
+    if not values_readable(length) or not length.numel() or not bool((length == length[0]).all()):
         return None
     return int(length[0])
 

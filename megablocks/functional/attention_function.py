@@ -9,8 +9,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from megablocks._checks import lookup
-from megablocks.functional.activation import refuse_class
+from megablocks._checks import check_kept_shape, lookup, refuse_class
 
 LAPLACE_MEAN = 0.707107
 LAPLACE_DEVIATION = 0.282095
@@ -47,7 +46,7 @@ class Elementwise:
 
     def __call__(self, scores: Tensor, visible: Tensor | None) -> Tensor:
         """Returns the weights of (..., L, S) scores."""
-        weights = self.function(scores)
+        weights = check_kept_shape("attention", self.function(scores), tuple(scores.shape))
         return weights if visible is None else weights.masked_fill(~visible, 0.0)
 
 

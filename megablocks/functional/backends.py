@@ -13,6 +13,7 @@ from torch import Tensor
 from megablocks._checks import lookup
 from megablocks.functional.transforms import plain_only
 from megablocks.kernels import Kernel
+from megablocks.kernels.blocked import exporting
 
 
 class Backend(NamedTuple):
@@ -190,15 +191,10 @@ def _fastest(x: Tensor, truncation: int | None, others: tuple[Tensor, ...]) -> s
     if truncation is None and x.shape[1] == 1:
         return "recurrent"
     fused = _FUSED.get(x.device.type)
-    if fused is None or plain_only(x, *others) or _exporting():
+    if fused is None or plain_only(x, *others) or exporting():
         return "blocked"
     shortest = 0 if truncation is None else BACKENDS[fused].truncates
     return "blocked" if shortest is None or (truncation or 0) < shortest else fused
-
-
-def _exporting() -> bool:
-    """Whether `torch.export` is at work, whose programs should run where this package is not."""
-    return bool(getattr(torch.compiler, "is_exporting", bool)())
 
 
 ENOUGH = 1 << 16
@@ -207,7 +203,7 @@ ENOUGH = 1 << 16
 
 def compiled_elementwise(*inputs: Tensor, dtypes: tuple[torch.dtype, ...]) -> Any:
     """Returns `megablocks.kernels.numba_elementwise` if it can serve these tensors of one shape, else `None`."""
-    if torch.compiler.is_compiling() or _exporting():  # first: a size that is looked at is a size that is fixed
+    if torch.compiler.is_compiling() or exporting():  # first: a size that is looked at is a size that is fixed
         return None
     x = inputs[0]
     if x.numel() < ENOUGH or x.dtype not in dtypes or not _INSTALLED["numba"]:

@@ -13,12 +13,12 @@ from megablocks.functional.transforms import plain_only
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    r"""Zeroes numbers with probability $p < 1$ and scales the others by $1 / (1 - p)$, as `F.dropout` in training."""
-    if _compiled(x) is not None:
+    r"""Zeroes numbers with probability $p$ and scales the others by $1 / (1 - p)$, as `F.dropout` in training."""
+    if p < 1.0 and _compiled(x) is not None:
         seed = torch.empty((), dtype=torch.int64).random_()
         dropped: Tensor = _Dropout.apply(x, seed, p)  # type: ignore[no-untyped-call]
         return dropped
-    if type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling() or plain_only(x):
+    if p == 1.0 or type(x) is not Tensor or not x.is_cpu or torch.compiler.is_compiling() or plain_only(x):
         return F.dropout(x, p)
     # Half the time of torch, which draws one number after the other, each from 64 bits.
     draws = torch.empty(-(-x.numel() // 2), dtype=torch.int64).random_().view(torch.int32)[: x.numel()]

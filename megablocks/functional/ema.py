@@ -56,7 +56,8 @@ def coefficients(
         return EMACoefficients(p, p.new_empty(0), decay * beta, eta * eta.shape[-1] ** -0.5)
     slow = torch.log1p(-p.clamp(max=0.5))
     fast = torch.logaddexp(F.logsigmoid(-alpha), F.logsigmoid(alpha) + F.logsigmoid(-delta))
-    log_q = torch.where(p < 0.5, slow, fast)
+    # Infinite parameters make q zero; its logarithm stays finite, so that its product with lag 0 is a number.
+    log_q = torch.where(p < 0.5, slow, fast).clamp(min=torch.finfo(dtype).min)
     return EMACoefficients(p, log_q, decay * beta, eta * eta.shape[-1] ** -0.5)
 
 
@@ -155,6 +156,14 @@ def damped_ema(
 
     Note:
         Coefficients, averages and sums are float32 or wider, under autocast and half precisions too.
+
+    Example:
+        >>> x, (alpha, delta, beta, eta) = torch.randn(2, 10, 8), torch.randn(4, 8, 3)
+        >>> damped_ema(x, alpha, delta, beta, eta).shape
+        torch.Size([2, 10, 8])
+
+    References:
+        Ma et al., section 3.1, [arXiv:2209.10655](https://arxiv.org/abs/2209.10655).
     """
     check_input("x", x, None)
     channels = x.shape[-1]
@@ -207,7 +216,8 @@ def damped_ema(
 def _check_parameters(channels: int, alpha: Tensor, *others: Tensor | None) -> bool:
     """Raises unless coefficients fit the input; returns whether they are bidirectional."""
     *alike, omega = others
-    if alpha.dim() != 2 or alpha.shape[0] not in (channels, 2 * channels):
+    # Compared one by one: a compiler that knows sizes by name finds none of them in a tuple.
+    if alpha.dim() != 2 or (alpha.shape[0] != channels and alpha.shape[0] != 2 * channels):
         raise ValueError(
             f"`alpha` must have shape ({channels}, N), or ({2 * channels}, N) for a bidirectional average, to fit an "
             f"input of width {channels}, but has shape {tuple(alpha.shape)}."

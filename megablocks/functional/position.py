@@ -45,9 +45,12 @@ def rotary_bias(alpha: Tensor, beta: Tensor, query_positions: Tensor, key_positi
         $(L, S)$ or $(B, L, S)$, float32 or wider.
     """
     with without_autocast(alpha):
-        if query_positions.shape == (1,):  # a decoding step: both turned back by the query's angle
-            alpha, relative = alpha.to(at_least_float32(alpha.dtype)), key_positions - query_positions
-            return (rotate(beta, relative) @ alpha).unsqueeze(-2)
+        if query_positions.shape == (1,):  # a decoding step: by relative positions, no vector is turned
+            dtype = at_least_float32(alpha.dtype)
+            (a, a_too), (b, b_too) = (vector.to(dtype).chunk(2, dim=-1) for vector in (alpha, beta))
+            angles = _angles(key_positions - query_positions, alpha.shape[-1] // 2, dtype)
+            bias = angles.cos() @ (a * b + a_too * b_too) + angles.sin() @ (a_too * b - a * b_too)
+            return bias.unsqueeze(-2)
         return rotate(alpha, query_positions) @ rotate(beta, key_positions).transpose(-1, -2)
 
 
@@ -62,13 +65,17 @@ def rotate(vector: Tensor, positions: Tensor) -> Tensor:
         The shape of `positions` with $Z$ appended, float32 or wider.
     """
     dtype = at_least_float32(vector.dtype)
-    half = vector.shape[-1] // 2
+    first, second = vector.to(dtype).chunk(2, dim=-1)
+    angles = _angles(positions, first.shape[-1], dtype)
+    cosine, sine = angles.cos(), angles.sin()
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+def _angles(positions: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Angles of pairs of components, the shape of `positions` with their number appended."""
     # Angles grow with the position, so their rounding would too: counted in float64, whole turns left out, they are
     # exact to 1e-9 at a million. Where a device has no float64, they are made on the CPU.
     place = torch.device("cpu") if positions.device.type == "mps" else positions.device
-    per_turn = [ROTARY_BASE ** (-k / half) / (2 * math.pi) for k in range(half)]
+    per_turn = [ROTARY_BASE ** (-k / count) / (2 * math.pi) for k in range(count)]
     turns = positions.to(place).unsqueeze(-1) * torch.tensor(per_turn, dtype=torch.float64, device=place)
-    angles = ((turns - turns.round()) * (2 * math.pi)).to(dtype).to(positions.device)
-    cosine, sine = angles.cos(), angles.sin()
-    first, second = vector.to(dtype).chunk(2, dim=-1)
-    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+    return ((turns - turns.round()) * (2 * math.pi)).to(dtype).to(positions.device)

@@ -58,7 +58,7 @@ class _Kept(NamedTuple):
     version: int
 
     def unchanged(self) -> Tensor:
-        if self.tensor._version != self.version:
+        if _version(self.tensor) != self.version:
             raise RuntimeError(
                 "A tensor that the backward pass needs was modified by an in-place operation after the forward pass: "
                 f"a {self.tensor.dtype} of shape {tuple(self.tensor.shape)} is at version {self.tensor._version}, but "
@@ -131,12 +131,14 @@ class Recomputation:
         return recipe
 
     def _keep(self, tensor: Tensor) -> _Kept | _Again:
-        recipe = self._recipes.get(_address(tensor)) if type(tensor) in (Tensor, torch.nn.Parameter) else None
-        # Memory that was given back may hold something else by now.
-        if recipe is not None and recipe.result() is not None and tensor._version == recipe.version:
-            recipe.waiting += 1
-            return _Again(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
-        return _keep(tensor)
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+        recipe = self._recipes.get(_address(tensor)) if plain else None
+        result = None if recipe is None else recipe.result()
+        # Memory that was given back may hold something else by now, and a view may read it as another type.
+        if recipe is None or result is None or tensor.dtype != result.dtype or tensor._version != recipe.version:
+            return _keep(tensor)
+        recipe.waiting += 1
+        return _Again(recipe, tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 _around: ContextVar[Recomputation | None] = ContextVar("around", default=None)
@@ -197,7 +199,12 @@ def _recipe(result: Tensor, function: Callable[..., Tensor], inputs: tuple[_Kept
 
 def _keep(tensor: Tensor) -> _Kept:
     # Detached: what an operation keeps of its own result would hold its graph, which holds what is kept.
-    return _Kept(tensor.detach(), tensor._version)
+    return _Kept(tensor.detach(), _version(tensor))
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was written into; nobody counts that for those of inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _unkept(kept: _Kept | _Again) -> Tensor:
@@ -212,9 +219,13 @@ def _free_to_choose(*inputs: Tensor) -> bool:
     """Whether a graph is recorded, by torch itself, and nobody else has said what it keeps."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or plain_only(*inputs):
         return False
+    if not getattr(torch._C._autograd, "_saved_tensors_hooks_is_enabled", bool)():
+        return False
     probe = torch.ones((), requires_grad=True).square()
     # What is saved does not keep alive the node that it belongs to; the probe does.
-    saved = probe.grad_fn._raw_saved_self  # type: ignore[union-attr]
+    saved = getattr(probe.grad_fn, "_raw_saved_self", None)
+    if saved is None:  # a torch that calls it otherwise: nothing is computed again then
+        return False
     try:  # which works once only
         saved.register_hooks(_same, _same)
     except RuntimeError:

@@ -23,11 +23,12 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megablocks._checks import check_relative_table
+from megablocks._checks import check_kept_shape, check_relative_bias, check_relative_table
 from megablocks.functional.attention_function import Attention, softmax
 from megablocks.functional.precision import at_least_float32
 from megablocks.functional.recomputation import recomputed_inside, remembering_nothing
 from megablocks.functional.transforms import plain_only
+from megablocks.kernels.blocked import exporting
 
 WHOLE = 512
 """Keys up to which all weights are made at once, and queries of a piece where they are not."""
@@ -36,7 +37,7 @@ PIECE = 128
 """Queries of a causal piece where no gradients are asked for, on a CPU: the smaller, the fewer keys behind it."""
 
 FEW = 128
-"""Keys up to which the backward pass makes outputs from weights again: a small product, for much of what is kept."""
+"""Keys up to which the backward pass makes outputs from weights again: the product is small, what it gives is not."""
 
 PositionBias = Callable[[Tensor, Tensor], Tensor]
 """Maps positions of queries (L,) or (B, L) and of keys (S,) or (B, S) to a bias (L, S) or (B, L, S)."""
@@ -47,7 +48,7 @@ class FactoredBias(Protocol):
     """A bias that is a product of vectors of queries and vectors of keys."""
 
     def factors(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns (L, F) and (S, F), whose products are the bias."""
+        """Returns (L, R) and (S, R) of any common width R, whose products are the bias."""
 
 
 class Sight(NamedTuple):
@@ -75,6 +76,13 @@ class Sight(NamedTuple):
             end = end - length + min(last, length)
         shown = None if self.shown is None else self.shown[..., :end]
         return Sight(self.queries[..., first:last], self.keys[..., :end], self.causal, shown)
+
+
+def relative_bias(bias: PositionBias, queries: Tensor, keys: Tensor) -> Tensor:
+    """Returns the bias of these positions, (L, S), or (B, L, S) where rows have positions of their own."""
+    relative = bias(queries, keys)
+    shape = (*max(queries.shape[:-1], keys.shape[:-1], key=len), queries.shape[-1], keys.shape[-1])
+    return check_relative_bias(relative, shape)
 
 
 def relative_table(bias: PositionBias, positions: int) -> Tensor | None:
@@ -118,8 +126,9 @@ def attend_sight(
         The output $(B, L, V)$ and the weights $(B, L, S)$ before dropout, or `None`.
     """
     length, seen = q.shape[1], k.shape[1]
-    size = PIECE if _leaves_keys_out(q, sight) else WHOLE
-    if need_weights or length * seen <= size * WHOLE or plain_only(q, k, v):
+    # Dropout is drawn piece by piece: whether gradients are asked for must not make other pieces.
+    size = PIECE if dropout is None and _leaves_keys_out(q, sight) else WHOLE
+    if need_weights or _any_length(length) or length * seen <= size * WHOLE or plain_only(q, k, v):
         out, weights = _whole(q, k, v, function, sight, bias, dropout)
         return out, weights if need_weights else None
     cuts = _fused_cuts(q, v, function, sight, bias, dropout) if length * seen > WHOLE * WHOLE else 0
@@ -128,6 +137,11 @@ def attend_sight(
     if torch.compiler.is_compiling():  # the number of pieces would make a graph for every length
         return _whole(q, k, v, function, sight, bias, dropout)[0], None
     return _in_pieces(q, k, v, function, sight, bias, dropout, size), None
+
+
+def _any_length(length: int) -> bool:
+    """Whether a program is exported that serves lengths of any kind, and so must not choose by them."""
+    return exporting() and isinstance(length, torch.SymInt)
 
 
 def _leaves_keys_out(q: Tensor, sight: Sight) -> bool:
@@ -145,7 +159,7 @@ def _whole(
     bias: PositionBias | None,
     dropout: Callable[[Tensor], Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    relative = None if bias is None else bias(sight.queries, sight.keys)
+    relative = None if bias is None else relative_bias(bias, sight.queries, sight.keys)
     visible = sight.visible()
     if function.weights is softmax and sight.causal and sight.shown is None and visible is not None:
         # Every query sees itself, so that no row is empty: what is not seen may be said by the bias, in one step.
@@ -195,7 +209,7 @@ def attend(
         scores = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).to(at_least_float32(q.dtype))
     if bias is not None:
         scores = scores + bias
-    weights = function.weights(scores, visible)
+    weights = check_kept_shape("attention", function.weights(scores, visible), tuple(scores.shape))
     return apply_weights(weights, v, dropout), weights
 
 
@@ -239,7 +253,7 @@ def _fused_cuts(
             return 0
         if q.dtype != at_least_float32(q.dtype):
             return 0
-        width = 2 * width
+        width += bias.factors(sight.queries[:1], sight.keys[:1])[0].shape[-1]
     return -(-v.shape[-1] // width)
 
 

@@ -66,6 +66,10 @@ class EncoderLayer(MegaEncoderLayer, _Checkpointed):
 class DecoderLayer(MegaDecoderLayer, _Checkpointed):
     """A `MegaDecoderLayer` whose activations transformers may checkpoint."""
 
+    def __call__(self, x: Tensor, memory: Tensor | None = None, **given: Any) -> Any:
+        """Calls the layer: checkpoints ask for gradients of what stands first, and so the memory does."""
+        return super().__call__(x, memory, **given)
+
 
 def mega_stack(config: MegaConfig) -> MegaEncoder | MegaDecoder:
     """Returns a decoder where the configuration says `is_decoder`, else an encoder; neither has a final norm."""

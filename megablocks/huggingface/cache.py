@@ -75,11 +75,11 @@ class MegaCacheLayer(CacheLayerMixin):
         return self.get_seq_length() + length, 0
 
     def get_max_length(self) -> int:
-        """Returns -1: there is no limit."""
+        """Returns -1: a layer itself sets no limit; the `capacity` of a cache is checked by its model."""
         return -1
 
     def get_max_cache_shape(self) -> int:
-        """Returns -1: there is no limit."""
+        """Returns -1: a layer itself sets no limit; the `capacity` of a cache is checked by its model."""
         return -1
 
     def select_rows(self, rows: Tensor) -> None:

@@ -9,7 +9,15 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from megablocks._checks import check_even, check_number, check_optional_size, check_probability, check_size, lookup
+from megablocks._checks import (
+    check_even,
+    check_flag,
+    check_number,
+    check_optional_size,
+    check_probability,
+    check_size,
+    lookup,
+)
 from megablocks.functional.attention_function import ATTENTION
 from megablocks.layers.norm import NORMS
 
@@ -31,6 +39,21 @@ _PROBABILITIES = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "nffn_activation_dropout_prob",
+)
+_FLAGS = (
+    "bidirectional",
+    "use_chunking",
+    "normalize_before_mega",
+    "norm_affine",
+    "use_feature_dropout",
+    "use_normalized_ffn",
+    "normalize_before_ffn",
+    "add_token_type_embeddings",
+    "add_lm_hidden_dense_layer",
+    "is_decoder",
+    "add_cross_attention",
+    "tie_word_embeddings",
+    "legacy_rms_norm",
 )
 _DEVIATIONS = ("initializer_range", "ema_delta_alpha_range", "ema_beta_range", "ema_gamma_omega_range")
 
@@ -172,6 +195,8 @@ class MegaConfig(PreTrainedConfig):
             check_number(name, getattr(self, name), minimum=0)
         if self.classifier_dropout is not None:
             check_probability("classifier_dropout", self.classifier_dropout)
+        for name in _FLAGS:
+            check_flag(name, getattr(self, name))
         check_optional_size("truncation", self.truncation, "all lags")
         lookup("normalization_type", self.normalization_type, dict.fromkeys(NORMS))
         lookup("attention_activation", self.attention_activation, ATTENTION)
@@ -179,14 +204,15 @@ class MegaConfig(PreTrainedConfig):
         lookup("relative_positional_bias", self.relative_positional_bias, dict.fromkeys(POSITION_BIASES))
         if self.relative_positional_bias == "rotary":
             check_even("shared_representation_size", self.shared_representation_size, "a rotary bias")
-        if self.use_chunking and (self.chunk_size is None or self.chunk_size < 1):
+        if self.use_chunking and not (isinstance(self.chunk_size, int) and self.chunk_size >= 1):
             raise ValueError(
-                f"`chunk_size` must be at least 1 with `use_chunking=True`, but is {self.chunk_size}; "
+                f"`chunk_size` must be at least 1 with `use_chunking=True`, but is {self.chunk_size!r}; "
                 "set it, or use `use_chunking=False`."
             )
-        if self.pad_token_id is not None and not -self.vocab_size <= self.pad_token_id < self.vocab_size:
+        known = isinstance(self.pad_token_id, int) and -self.vocab_size <= self.pad_token_id < self.vocab_size
+        if self.pad_token_id is not None and not known:
             raise ValueError(
-                f"`pad_token_id` must be in [0, {self.vocab_size}), the vocabulary, but is {self.pad_token_id}; "
+                f"`pad_token_id` must be in [0, {self.vocab_size}), the vocabulary, but is {self.pad_token_id!r}; "
                 "use `None` for none."
             )
 

@@ -64,63 +64,63 @@ def _pools(of: Subject) -> bool:
 DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         "in every call",
-        "the norm normalises; then it multiplied by its weight alone. To reproduce that, load with "
+        "the norm normalises; 4.40.2 multiplied by its weight alone. To reproduce that, load with "
         "`legacy_rms_norm=True`.",
         lambda of: of.config.normalization_type == "rmsnorm" and not of.config.legacy_rms_norm,
         always=True,
     ),
     Difference(
         "in every call",
-        "attention is causal, though the configuration says `is_decoder=False`; then every token saw the next ones, "
-        "with a warning.",
+        "attention is causal, though the configuration says `is_decoder=False`; in 4.40.2 every token saw the next "
+        "ones, with a warning.",
         lambda of: isinstance(of.model, MegaForCausalLM) and not of.written.is_decoder,
         always=True,
     ),
     Difference(
         "in every call",
-        "the head has the weights of its own that the files hold; then it silently got those of the embedding, "
+        "the head has the weights of its own that the files hold; in 4.40.2 it silently got those of the embedding, "
         "because the configuration says `tie_word_embeddings=True`. Say False to make the files agree.",
         _heads_apart,
         always=True,
     ),
     Difference(
         "in every step with a cache",
-        "scores are divided by the number of keys, as without a cache; then by 1.",
+        "scores are divided by the number of keys, as without a cache; in 4.40.2 by 1.",
         lambda of: of.config.is_decoder and of.config.attention_activation != "softmax",
     ),
     Difference(
         "with a cache",
-        "averages are truncated, as without a cache; then they were not.",
+        "averages are truncated, as without a cache; in 4.40.2 they were not.",
         lambda of: of.config.is_decoder and of.config.truncation is not None,
     ),
     Difference(
         "in every step with a cache",
-        "cross-attention knows which step it is; then it was one ahead.",
+        "cross-attention knows which step it is; in 4.40.2 it was one ahead.",
         lambda of: of.config.add_cross_attention,
     ),
     Difference(
         "with left padding",
-        "a row gives what it gives alone; then NaN, or padding came into sight.",
+        "a row gives what it gives alone; in 4.40.2 it was NaN, or padding came into sight.",
         lambda of: of.config.is_decoder,
     ),
     Difference(
         "with several new tokens and a cache",
-        "they are read at once; then an error.",
+        "they are read at once; 4.40.2 raised an error.",
         lambda of: of.config.is_decoder,
     ),
     Difference(
         "in lengths that the chunk does not divide",
-        "the last chunk is short; then an error.",
+        "the last chunk is short; 4.40.2 raised an error.",
         lambda of: of.config.use_chunking,
     ),
     Difference(
         "with left padding",
-        "chunks count real tokens; then padding moved their borders.",
+        "chunks count real tokens; in 4.40.2 padding moved their borders.",
         lambda of: of.config.use_chunking and not of.config.is_decoder,
     ),
     Difference(
         "beyond `chunk_size`, without chunking",
-        "a simple bias serves `max_positions` slots; then `chunk_size`.",
+        "a simple bias serves `max_positions` slots; in 4.40.2 `chunk_size`.",
         lambda of: (
             of.config.relative_positional_bias == "simple"
             and not of.config.use_chunking
@@ -129,22 +129,22 @@ DIFFERENCES: tuple[Difference, ...] = (
     ),
     Difference(
         "with left padding",
-        "the first real token is pooled; then position 0, padding or not.",
+        "the first real token is pooled; in 4.40.2 position 0, padding or not.",
         _pools,
     ),
     Difference(
         "in the loss, with padding",
-        "an answer is sought among real tokens; then among padding too.",
+        "an answer is sought among real tokens; in 4.40.2 among padding too.",
         lambda of: isinstance(of.model, MegaForQuestionAnswering),
     ),
     Difference(
         "in training, with padding",
-        "batch statistics leave padding out; then they counted it.",
+        "batch statistics leave padding out; in 4.40.2 they counted it.",
         lambda of: of.config.normalization_type in ("batchnorm", "syncbatchnorm"),
     ),
     Difference(
         "in training",
-        "feature dropout drops channels of the values; then whole chunks.",
+        "feature dropout drops channels of the values; in 4.40.2 whole chunks.",
         lambda of: of.config.use_feature_dropout,
     ),
 )

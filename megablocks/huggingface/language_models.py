@@ -110,11 +110,12 @@ class MegaForCausalLM(MegaPreTrainedModel, GenerationMixin):
         logits = self.lm_head(_through(self.dense, x[:, kept]))
         loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
+            padding_mask = own_padding(attention_mask, x)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
-                padding_mask=own_padding(attention_mask, x),
+                padding_mask=None if padding_mask is None else padding_mask[:, kept],
                 **kwargs,
             )
         return self._returned(

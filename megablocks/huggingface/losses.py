@@ -33,9 +33,15 @@ def token_loss(
 ) -> Tensor:
     """Cross-entropy of a label at each position: logits (B, L, classes), labels (B, L)."""
     labels = labels.to(logits.device)
-    if padding_mask is not None:
-        labels = labels.masked_fill(padding_mask, IGNORED)
-    return _cross_entropy(logits, labels, num_items_in_batch)
+    if padding_mask is None:
+        return _cross_entropy(logits, labels, num_items_in_batch)
+    real = labels.masked_fill(padding_mask, IGNORED)
+    loss = _cross_entropy(logits, real, num_items_in_batch)
+    if num_items_in_batch is None:
+        return loss
+    # The caller has counted labels that do not count. How many in other batches nobody knows: as many, for their size.
+    counted, counts = ((part != IGNORED).sum().to(loss.dtype) for part in (labels, real))
+    return loss * (counted / counts.clamp(min=1))
 
 
 def next_token_loss(
@@ -53,6 +59,8 @@ def next_token_loss(
     """
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]  # type: ignore[arg-type]
+    if padding_mask is not None:  # of what predicts, and of what is predicted
+        padding_mask = padding_mask | F.pad(padding_mask[:, 1:], (0, 1), value=False)
     return token_loss(
         logits=logits, labels=shift_labels, padding_mask=padding_mask, num_items_in_batch=num_items_in_batch
     )
@@ -91,7 +99,7 @@ def span_loss(
 ) -> Tensor:
     """Mean of the cross-entropies of where a span begins and where it ends, among the real positions.
 
-    A row whose span lies outside of the sequence, or at padding, does not count.
+    A row whose span lies behind the sequence, or at padding, does not count; a negative position is taken for 0.
     """
     pairs = ((start_logits, start_positions), (end_logits, end_positions))
     losses = [_position_loss(*pair, padding_mask, num_items_in_batch) for pair in pairs]

@@ -35,9 +35,9 @@ def padding_of(name: str, mask: Tensor | None, batch: int, length: int, *, past:
     mask = mask[:, -length:]
     padding_mask = ~mask if mask.dtype == torch.bool else mask == 0
     if values_readable(mask):
-        if mask.dtype.is_floating_point and bool((mask < 0).any()):
+        if mask.dtype != torch.bool and bool((mask < 0).any()):
             raise ValueError(
-                f"`{name}` must be 1 at real tokens and 0 at padding, but holds {float(mask.min())}; from a mask that "
+                f"`{name}` must be 1 at real tokens and 0 at padding, but holds {mask.min().item()}; from a mask that "
                 f"is added to scores, pass `{name}=mask == 0`."
             )
         if not bool(padding_mask.any()):

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from transformers import Cache, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.utils import ModelOutput
 
-from megablocks._checks import check_input, check_token_ids
+from megablocks._checks import check_input, check_tensor, check_token_ids
 from megablocks.huggingface.building import mega_stack
 from megablocks.huggingface.cache import MegaCache
 from megablocks.huggingface.checkpoint import read_old_names
@@ -138,18 +139,20 @@ class MegaEmbeddings(nn.Module):
         if input_ids is not None:
             x: Tensor = _look_up(self.word_embeddings, "input_ids", input_ids, padding_mask)
         else:
-            check_input("inputs_embeds", inputs_embeds, self.word_embeddings.embedding_dim)
+            check_input("inputs_embeds", inputs_embeds, self.word_embeddings.weight.shape[1])
             x = inputs_embeds  # type: ignore[assignment]
         if self.token_type_embeddings is None:
             return x
         if token_type_ids is None:
-            return x + self.token_type_embeddings.weight[0]
+            token_type_ids = torch.zeros(1, 1, dtype=torch.int64, device=x.device)
+            return x + _look_up(self.token_type_embeddings, "token_type_ids", token_type_ids, None)
+        check_tensor("token_type_ids", token_type_ids, 2)
         types = token_type_ids[:, -x.shape[1] :]  # `generate` passes those of the past as well
         return x + _look_up(self.token_type_embeddings, "token_type_ids", types, padding_mask)
 
 
 def _look_up(table: nn.Embedding, name: str, ids: Tensor, padding_mask: Tensor | None) -> Tensor:
-    check_token_ids(name, ids, table.num_embeddings, padding_mask)
+    check_token_ids(name, ids, table.weight.shape[0], padding_mask)
     looked_up: Tensor = table(ids if padding_mask is None else ids.masked_fill(padding_mask, 0))
     return looked_up
 
@@ -261,7 +264,7 @@ class MegaModel(MegaPreTrainedModel):
         if cache is None:
             given |= memory
         else:
-            state = self._state(cache, batch, memory)
+            state = self._state(cache, x, memory)
         shown: Shown | bool = True if output_attentions else "hidden_states" if output_hidden_states else False
         y, seen, state = call_for(self.stack, x, state, shown, **given)
         if cache is not None:
@@ -324,12 +327,20 @@ class MegaModel(MegaPreTrainedModel):
         padding_mask = padding_of("encoder_attention_mask", mask, hidden.shape[0], hidden.shape[1])
         return {"memory": hidden, "memory_padding_mask": padding_mask}
 
-    def _state(self, cache: MegaCache, batch: int, memory: dict[str, Any]) -> DecoderState:
+    def _state(self, cache: MegaCache, x: Tensor, memory: dict[str, Any]) -> DecoderState:
         """What the cache holds, or the state before the first token."""
         state = cache.state
-        if state is None:
-            state = self.stack.init_state(batch, **memory, capacity=cache.capacity)  # type: ignore[operator]
-        return state
+        if state is not None:
+            return state
+        made: DecoderState = self.stack.init_state(x.shape[0], **memory, capacity=cache.capacity)  # type: ignore[operator]
+
+        def there(part: Tensor) -> Tensor:
+            # Weights that are offloaded come when their layer is called; what is made of them before is all zeros.
+            missing = part.is_meta and not x.is_meta
+            return torch.zeros(part.shape, dtype=part.dtype, device=x.device) if missing else part
+
+        moved: DecoderState = pytree.tree_map_only(Tensor, there, made)
+        return moved
 
 
 def _batch_and_length(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def blocked(
     # A compiler may know the length by name only: what it traces must not depend on how the length falls.
     traced = torch.compiler.is_compiling()
     size = BLOCK if traced else min(BLOCK, length)
-    blocks = -(-length // size)
+    blocks = _parts(length, size)
     padded = F.pad(x, (0, 0, 0, blocks * size - length)) if traced or length % size else x
     # (D, B, J, T): channels outermost, because each multiplies by matrices of its own.
     cut = transposed(padded.reshape(-1, channels)).view(channels, batch, blocks, size)
@@ -62,10 +62,20 @@ def blocked(
     y = torch.bmm(cut.flatten(1, 2), inside)
     for operand, matrix in terms:
         y = y.baddbmm_(operand.flatten(1, 2), matrix)
-    y = transposed(y.view(channels, -1)).view(batch, blocks * size, channels)[:, :length]
+    y = transposed(y.view(channels, batch * blocks * size)).view(batch, blocks * size, channels)[:, :length]
     if not final or states is None:
         return y, None
     return y, _final_state(cut, forward, matrices.enter, states, lengths, length)
+
+
+def exporting() -> bool:
+    """Whether `torch.export` is at work: its programs serve lengths of any kind, and run where this package is not."""
+    return bool(getattr(torch.compiler, "is_exporting", bool)())
+
+
+def _parts(count: int, size: int) -> int:
+    """Parts of a size that hold so many; exported at least two, the last of them never full, so that all are alike."""
+    return count // size + 2 if exporting() else -(-count // size)
 
 
 def transposed(x: Tensor) -> Tensor:
@@ -190,13 +200,13 @@ def _scan(ends: Tensor, log_decay: Tensor, start: Tensor, levels: int) -> Tensor
     channels, batch, blocks, averages = ends.shape
     if levels == 0:
         if torch.compiler.is_compiling():
-            ends = F.pad(ends, (0, 0, 0, GROUP - blocks)).view(channels, batch, GROUP, averages)
+            ends = F.pad(ends, (0, 0, 0, GROUP))[:, :, :GROUP]
         decay = torch.exp(log_decay)
         before = [start]
         for end in ends.unbind(2)[:-1]:
             before.append(torch.addcmul(end, decay, before[-1]))
         return torch.stack(before, dim=2)[:, :, :blocks]
-    groups = -(-blocks // GROUP)
+    groups = _parts(blocks, GROUP)
     grouped = F.pad(ends, (0, 0, 0, groups * GROUP - blocks)).reshape(channels, batch * groups, GROUP, averages)
     local = _scan(grouped, log_decay, torch.zeros_like(grouped[:, :, 0]), 0)
     totals = torch.addcmul(grouped[:, :, -1], torch.exp(log_decay), local[:, :, -1])

@@ -23,10 +23,10 @@ from megablocks.kernels.numba_windows import (
 from megablocks.kernels.registered import RegisteredKernel
 
 _INSIDE = range(STEPS)
-_what_decays_may_vanish = np.errstate(under="ignore")  # whatever the caller has told NumPy
+_whatever_numbers_come = np.errstate(all="ignore")  # and whatever the caller has told NumPy
 
 
-@_what_decays_may_vanish
+@_whatever_numbers_come
 def forward(
     x: Tensor,
     log_q: Tensor,
@@ -46,7 +46,7 @@ def forward(
     return torch.from_numpy(y), _given_back(states)
 
 
-@_what_decays_may_vanish
+@_whatever_numbers_come
 def backward(
     dy: Tensor,
     dfinal: Tensor,
@@ -78,7 +78,7 @@ def backward(
     return torch.from_numpy(dx), dlog_q, db, dg, torch.from_numpy(domega), _given_back(adjoint)
 
 
-@_what_decays_may_vanish
+@_whatever_numbers_come
 def truncated_forward(x: Tensor, log_q: Tensor, b: Tensor, g: Tensor, omega: Tensor | None, truncation: int) -> Tensor:
     """Returns outputs of a truncated average (see `megablocks.kernels.registered`)."""
     y = reserve(x, zeros=False)
@@ -96,7 +96,7 @@ def truncated_forward(x: Tensor, log_q: Tensor, b: Tensor, g: Tensor, omega: Ten
     return torch.from_numpy(y)
 
 
-@_what_decays_may_vanish
+@_whatever_numbers_come
 def truncated_backward(
     dy: Tensor, x: Tensor, log_q: Tensor, b: Tensor, g: Tensor, omega: Tensor | None, truncation: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

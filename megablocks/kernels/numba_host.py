@@ -133,6 +133,8 @@ def share_out(task: Compiled, batch: int, tiles: int, size: int, *arguments: Any
 
     `size` counts what there is to do: steps times channels times averages.
     """
+    if batch == 0:
+        return
     _compile_for(task, arguments)
     threads = torch.get_num_threads()
     parts = min(tiles, threads // math.gcd(threads, batch))

@@ -12,11 +12,11 @@ from megablocks._checks import (
     check_batch,
     check_flag,
     check_input,
+    check_kept_shape,
     check_padding_mask,
     check_size,
     check_state,
     check_state_shape,
-    check_table,
     values_readable,
 )
 from megablocks.functional.activation import activation_function, silu_gate, update_gate
@@ -27,7 +27,7 @@ from megablocks.functional.sight import Sight, attend_sight
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
 from megablocks.layers.norm import sequence_norm
-from megablocks.layers.parts import attention_part, bias_module, reset_linear, reset_parts
+from megablocks.layers.parts import attention_part, bias_module, check_reach, reset_linear, reset_parts
 from megablocks.layers.trace import Trace, results
 from megablocks.state import CrossAttentionState
 
@@ -57,7 +57,8 @@ class GatedCrossAttention(nn.Module):
             `AttentionFunction`.
         activation: $\phi$: `"silu"`, `"relu"`, `"gelu"`, `"gelu_tanh"`, `"tanh"`, `"linear"`, or a callable.
         position_bias: `"rotary"`, a module such as `SimpleRelativeBias(max_positions)`, or `None`.
-        norm: `"layernorm"`, `"scalenorm"`, `"rmsnorm"`, a module, or `None`.
+        norm: `"layernorm"`, `"scalenorm"`, `"rmsnorm"`, a module, or `None`; `"batchnorm"` and `"syncbatchnorm"` too,
+            which a decoder layer refuses.
         prenorm: Whether to normalise the input rather than the output.
         dropout: Probability of dropout on $\hat H$.
         attention_dropout: Probability of dropout on attention weights.
@@ -146,12 +147,13 @@ class GatedCrossAttention(nn.Module):
         check_input("memory", memory, self.embed_dim)
         batch, length = memory.shape[:2]
         check_padding_mask("memory_padding_mask", padding_mask, (batch, length))
-        self._check_reach(length)
+        check_reach(self.position_bias, length)
         memory = zero_padding(memory, padding_mask)
         if padding_mask is None:
             padding_mask = torch.zeros(batch, length, dtype=torch.bool, device=memory.device)
         keys = self.k_proj(memory)
         values = self.hidden_dropout(self.activation(self.v_proj(memory)))
+        check_kept_shape("activation", values, tuple(memory.shape))
         position = torch.zeros(batch, dtype=torch.int64, device=memory.device)
         return CrossAttentionState(keys, values, padding_mask, position)
 
@@ -210,10 +212,11 @@ class GatedCrossAttention(nn.Module):
         trace: bool = False,
     ) -> Any:
         """Returns the layer's output; see the class for what `state` and `trace` add."""
+        check_flag("trace", trace)
         check_input("x", x, self.embed_dim)
         check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
         check_one_memory(memory, memory_padding_mask, state)
-        self._check_reach(x.shape[1])
+        check_reach(self.position_bias, x.shape[1])
         if memory is not None:
             check_input("memory", memory, self.embed_dim)
             check_batch("memory", memory.shape[0], x.shape[0])
@@ -276,15 +279,11 @@ class GatedCrossAttention(nn.Module):
         length = known.keys.shape[1]
         check_state_shape("state.keys", known.keys, (length, self.qk_dim))
         check_state_shape("state.values", known.values, (length, self.embed_dim))
-        check_batch("state", known.keys.shape[0], x.shape[0])
+        for part in known:
+            check_batch("state", part.shape[0], x.shape[0])
         if values_readable(known.position):
-            self._check_reach(int(known.position.max()) + x.shape[1])
+            check_reach(self.position_bias, int(known.position.max()) + x.shape[1])
         return known
-
-    def _check_reach(self, span: int) -> None:
-        limit = getattr(self.position_bias, "max_positions", None)
-        if limit is not None:
-            check_table(span, limit)
 
     def extra_repr(self) -> str:
         """Returns what `print` shows."""

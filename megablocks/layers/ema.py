@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -125,16 +125,13 @@ class MultiDimensionDampedEMA(nn.Module):
         Raises:
             ValueError: If the layer is bidirectional.
         """
-        if not self.causal:
-            raise ValueError(
-                "A state needs `causal=True`, but this MultiDimensionDampedEMA has causal=False: its backward averages "
-                "would have to know the future. Call it without a state on the whole sequence."
-            )
+        self._check_streams()
         check_size("batch_size", batch_size)
-        dtype = at_least_float32(self.alpha.dtype)
+        # Not of the parameter's own kind, which may be one of many processes' shares of a tensor.
+        made_as: dict[str, Any] = {"device": self.alpha.device, "dtype": at_least_float32(self.alpha.dtype)}
         if self.truncation is None:
-            return EMAState(self.alpha.new_zeros(batch_size, self.embed_dim, self.ema_dim, dtype=dtype))
-        return TruncatedEMAState(self.alpha.new_zeros(batch_size, self.truncation, self.embed_dim, dtype=dtype))
+            return EMAState(torch.zeros(batch_size, self.embed_dim, self.ema_dim, **made_as))
+        return TruncatedEMAState(torch.zeros(batch_size, self.truncation, self.embed_dim, **made_as))
 
     @overload
     def forward(self, x: Tensor, *, padding_mask: Tensor | None = None, state: None = None) -> Tensor: ...
@@ -154,12 +151,15 @@ class MultiDimensionDampedEMA(nn.Module):
         parameters = (self.alpha, self.delta, self.beta, self.eta, self.omega)
         if state is None:
             return damped_ema(x, *parameters, truncation=self.truncation, padding_mask=padding_mask)
+        self._check_streams()
+        return damped_ema(x, *parameters, truncation=self.truncation, padding_mask=padding_mask, state=state)
+
+    def _check_streams(self) -> None:
         if not self.causal:
             raise ValueError(
-                "A state needs `causal=True`, but this MultiDimensionDampedEMA has causal=False; "
-                "call it without a state on the whole sequence."
+                "A state needs `causal=True`, but this MultiDimensionDampedEMA has causal=False: its backward averages "
+                "would have to know the future. Call it without a state on the whole sequence."
             )
-        return damped_ema(x, *parameters, truncation=self.truncation, padding_mask=padding_mask, state=state)
 
     def extra_repr(self) -> str:
         """Returns what `print` shows."""

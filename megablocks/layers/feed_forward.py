@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_flag, check_input, check_padding_mask, check_size
+from megablocks._checks import check_flag, check_input, check_kept_shape, check_padding_mask, check_size
 from megablocks.functional.activation import activation_function
 from megablocks.functional.padding import zero_padding
 from megablocks.functional.recomputation import Recomputation
@@ -94,6 +94,7 @@ class NormalizedFFN(nn.Module):
         with Recomputation(x) as again:
             inputs = self.norm(x, padding_mask=padding_mask) if self.norm is not None and self.prenorm else x
             hidden = self.hidden_dropout(again(self.activation, self.fc1(inputs)))
+            check_kept_shape("activation", hidden, (*x.shape[:2], self.ffn_dim))
             y = x + self.dropout(self.fc2(hidden))
             if self.norm is not None and not self.prenorm:
                 y = self.norm(y, padding_mask=padding_mask)

@@ -13,12 +13,12 @@ from megablocks._checks import (
     check_batch,
     check_flag,
     check_input,
+    check_kept_shape,
     check_optional_size,
     check_padding_mask,
     check_size,
     check_state,
     check_state_shape,
-    check_table,
     check_width,
     values_readable,
 )
@@ -31,7 +31,7 @@ from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
 from megablocks.layers.ema import MultiDimensionDampedEMA
 from megablocks.layers.norm import sequence_norm
-from megablocks.layers.parts import attention_part, bias_module, reset_linear, reset_parts
+from megablocks.layers.parts import attention_part, bias_module, check_reach, reset_linear, reset_parts
 from megablocks.layers.trace import Trace, results
 from megablocks.state import AttentionState, ChunkKeys, FixedKeys, GrowingKeys, KeyState, WorkingKeys
 
@@ -142,7 +142,7 @@ class MovingAverageGatedAttention(nn.Module):
         self.ema = (
             ema
             if isinstance(ema, nn.Module)
-            else MultiDimensionDampedEMA(embed_dim, check_size("ema", ema), causal=causal, device=device, dtype=dtype)
+            else MultiDimensionDampedEMA(embed_dim, _ema_dim(ema), causal=causal, device=device, dtype=dtype)
         )
         check_width("ema", self.ema, embed_dim)
         self.position_bias = bias_module(position_bias, qk_dim, **made_as)
@@ -189,9 +189,10 @@ class MovingAverageGatedAttention(nn.Module):
         check_optional_size("capacity", capacity, "keys that grow")
         chunk_size = check_optional_size("chunk_size", self.chunk_size, "no chunks")
         slots = chunk_size or capacity or 0
-        self._check_reach(slots)
-        keys = self.qk_weight.new_zeros(batch_size, slots, self.qk_dim)
-        values = self.qk_weight.new_zeros(batch_size, slots, self.value_dim)
+        check_reach(self.position_bias, slots)
+        made_as: dict[str, Any] = {"device": self.qk_weight.device, "dtype": self.qk_weight.dtype}
+        keys = torch.zeros(batch_size, slots, self.qk_dim, **made_as)
+        values = torch.zeros(batch_size, slots, self.value_dim, **made_as)
         length = torch.zeros(batch_size, dtype=torch.int64, device=keys.device)
         ema_state = self.ema.init_state(batch_size)  # type: ignore[operator]
         kind = ChunkKeys if chunk_size else FixedKeys if capacity else GrowingKeys
@@ -247,12 +248,13 @@ class MovingAverageGatedAttention(nn.Module):
         trace: bool = False,
     ) -> Any:
         """Returns the layer's output; see the class for what `state`, `last_only` and `trace` change."""
+        check_flag("trace", trace)
         check_input("x", x, self.embed_dim)
         check_padding_mask("padding_mask", padding_mask, (x.shape[0], x.shape[1]))
         chunk_size = check_optional_size("chunk_size", self.chunk_size, "no chunks")
         if state is not None:
             self._check_state(state, x.shape[0], chunk_size)
-        self._check_reach(self._span(x.shape[1], chunk_size, state))
+        check_reach(self.position_bias, self._span(x.shape[1], chunk_size, state))
 
         x = zero_padding(x, padding_mask)
         options: dict[str, Any] = {
@@ -272,7 +274,9 @@ class MovingAverageGatedAttention(nn.Module):
                 if last_only and padding_mask is None:
                     passed, held = passed_chunks(held, x.shape[1])
                     x, inputs, averages = (part[:, passed:] for part in (x, inputs, averages))
+            check_kept_shape("ema", averages, tuple(inputs.shape))
             v = self.hidden_dropout(again(self.activation, self.v_proj(inputs)))
+            check_kept_shape("activation", v, (*inputs.shape[:2], self.value_dim))
             moved = self.mx_proj(self.dropout(again(F.silu, averages)))
             update, shared, reset, candidate = moved.split(self._split, dim=-1)
             q, k = again(rescaled, again(F.silu, shared), self.qk_weight, self.qk_bias).unbind(-2)
@@ -334,11 +338,6 @@ class MovingAverageGatedAttention(nn.Module):
         held = keys.keys.shape[1]
         return held + length if isinstance(keys, GrowingKeys) else held
 
-    def _check_reach(self, span: int) -> None:
-        limit = getattr(self.position_bias, "max_positions", None)
-        if limit is not None:
-            check_table(span, limit)
-
     def extra_repr(self) -> str:
         """Returns what `print` shows."""
         return (
@@ -348,6 +347,15 @@ class MovingAverageGatedAttention(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward
+
+
+def _ema_dim(ema: object) -> int:
+    if not isinstance(ema, (int, float)):
+        raise TypeError(
+            "`ema` must be a number of averages, or a module called like a MultiDimensionDampedEMA, but is "
+            f"{ema!r}; `ema=16` is the usual number."
+        )
+    return check_size("ema", ema)
 
 
 def refuse_future(module: nn.Module) -> None:

@@ -15,6 +15,7 @@ from megablocks._checks import (
     check_features,
     check_flag,
     check_input,
+    check_kept_shape,
     check_number,
     check_padding_mask,
     check_size,
@@ -204,7 +205,7 @@ class SequenceNorm(nn.Module):
         if isinstance(self.norm, nn.modules.batchnorm._BatchNorm):
             y = _batch_norm(x, self.norm, padding_mask)
         else:
-            y = self.norm(x)
+            y = check_kept_shape("norm", self.norm(x), tuple(x.shape))
         return zero_padding(y, padding_mask)
 
     if TYPE_CHECKING:
@@ -276,6 +277,8 @@ def _divided_by_root_mean_square(x: Tensor, weight: Tensor | None, eps: float) -
 def _sum_of_squares(x: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # a compiler joins the two steps itself
         return x.square().sum(-1, keepdim=True)
+    if not torch.is_grad_enabled():  # a step of decoding is short: what autograd asks for would take half of a norm
+        return _SumOfSquares.forward(x)
     total: Tensor = _SumOfSquares.apply(x)  # type: ignore[no-untyped-call]
     return total
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import lookup
+from megablocks._checks import check_table, lookup
 from megablocks.functional.attention_function import AttentionFunction, Elementwise, attention_function
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.position import RotaryRelativeBias
@@ -55,6 +55,13 @@ def bias_module(
         "rotary": lambda: RotaryRelativeBias(qk_dim, device=device, dtype=dtype)
     }
     return lookup("position_bias", position_bias, names, others=_OTHER_BIASES)()
+
+
+def check_reach(position_bias: object, span: int) -> None:
+    """Raises if a bias has a table, and that does not reach over so many positions."""
+    limit = getattr(position_bias, "max_positions", None)
+    if limit is not None:
+        check_table(span, limit)
 
 
 def attention_part(

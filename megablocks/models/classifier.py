@@ -19,6 +19,8 @@ from megablocks._checks import (
     check_probability,
     check_size,
     check_tensor,
+    check_trace,
+    check_width,
     lookup,
 )
 from megablocks.functional.activation import activation_function
@@ -29,6 +31,7 @@ from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.dropout import SequenceDropout
 from megablocks.layers.norm import sequence_norm
 from megablocks.layers.parts import reset_parts
+from megablocks.layers.trace import Shown, call_for
 from megablocks.models.embedding import TokenEmbedding, created_on
 from megablocks.stacks import MegaEncoder
 from megablocks.stacks.stack import set_chunk_size
@@ -144,7 +147,7 @@ class MegaClassifier(nn.Module):
         - `inputs`, `second`: $(B, L)$ token ids; continuous $(B, L, \text{input})$, or $(B, L)$ for one value each.
         - `padding_mask`, `second_padding_mask`: $(B, L)$, bool, `True` at padding.
         - output: class logits, $(B, \text{classes})$; with `trace=True` `(logits, trace)`, the trace of the encoder,
-          for pairs of both sequences one after the other.
+          for pairs of both sequences one after the other; with `trace="hidden_states"` it has no attention weights.
 
     Raises:
         ValueError: If a second sequence is missing or superfluous, or a token is outside the vocabulary.
@@ -202,6 +205,7 @@ class MegaClassifier(nn.Module):
                     embedding = TokenEmbedding(vocab_size, width, scale=scale_embedding, **extras)
             head = [nn.Linear(wide, narrow) for wide, narrow in pairwise(widths)]
             output = nn.Linear(widths[-1], num_classes, bias=False)
+            check_width("embedding", embedding, width)
         self.embedding = embedding.to(dtype=dtype)
         self.encoder = encoder
         self.head = nn.ModuleList(head).to(dtype=dtype)
@@ -229,7 +233,7 @@ class MegaClassifier(nn.Module):
         *,
         padding_mask: Tensor | None = None,
         second_padding_mask: Tensor | None = None,
-        trace: Literal[True],
+        trace: Shown,
     ) -> tuple[Tensor, Trace]: ...
     def forward(
         self,
@@ -238,9 +242,9 @@ class MegaClassifier(nn.Module):
         *,
         padding_mask: Tensor | None = None,
         second_padding_mask: Tensor | None = None,
-        trace: bool = False,
+        trace: Shown | bool = False,
     ) -> Any:
-        """Returns the class logits, and with `trace=True` what happened in the encoder."""
+        """Returns the class logits, and with `trace` what happened in the encoder."""
         if self.pair != (second is not None):
             raise ValueError(
                 f"This MegaClassifier has pair={self.pair}, but was given {'no' if second is None else 'a'} second "
@@ -248,6 +252,7 @@ class MegaClassifier(nn.Module):
             )
         if second is None and second_padding_mask is not None:
             raise ValueError("`second_padding_mask` belongs to `second`, but there is none; leave it out.")
+        check_trace(trace)
         representation, seen = self._represent(inputs, padding_mask, trace)
         if second is not None:
             check_tensor("second", second)
@@ -261,12 +266,11 @@ class MegaClassifier(nn.Module):
         logits = self.output(representation)
         return logits if seen is None else (logits, seen)
 
-    def _represent(self, inputs: Tensor, padding_mask: Tensor | None, trace: bool) -> tuple[Tensor, Trace | None]:
-        x, seen = self.embedding(inputs, padding_mask=padding_mask), None
-        if trace:
-            x, seen = self.encoder(x, padding_mask=padding_mask, trace=True)
-        else:
-            x = self.encoder(x, padding_mask=padding_mask)
+    def _represent(
+        self, inputs: Tensor, padding_mask: Tensor | None, trace: Shown | bool
+    ) -> tuple[Tensor, Trace | None]:
+        x = self.embedding(inputs, padding_mask=padding_mask)
+        x, seen, _ = call_for(self.encoder, x, None, trace, padding_mask=padding_mask)
         return self.pooling(x, padding_mask), seen
 
     if TYPE_CHECKING:

@@ -101,6 +101,8 @@ def evaluate(
     if not isinstance(model, MegaLanguageModel):
         raise TypeError(f"`model` must be a MegaLanguageModel, but is a {type(model).__name__}.")
     check_optional_size("chunk_size", chunk_size, "the model's own")
+    if after is not None and not isinstance(after, Evaluation):
+        raise TypeError(f"`after` must be what an earlier `evaluate` yielded, but is {after!r}; leave it out to begin.")
     return _evaluations(model, segments, chunk_size, after)
 
 
@@ -110,7 +112,10 @@ def _evaluations(
     for segment in segments:
         check_token_ids("segments", segment, model.vocab_size)
         if segment.shape[0] != 1:
-            raise ValueError(f"Each of `segments` must have shape (1, length), but one has {tuple(segment.shape)}.")
+            raise ValueError(
+                f"Each of `segments` must have shape (1, length), but one has {tuple(segment.shape)}; "
+                "score each row as a text of its own."
+            )
         with evaluating(list(model.modules())), _chunked(model, chunk_size):
             after = _scored(model, segment, after)
         yield after

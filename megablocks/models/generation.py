@@ -17,6 +17,7 @@ from megablocks._checks import (
     check_optional_token,
     check_prompt,
     check_size,
+    check_tensor,
 )
 from megablocks.layers.cross_attention import check_one_memory
 from megablocks.models.sampling import RowGenerators, TokenSampler
@@ -165,8 +166,8 @@ def stream(
 ) -> Iterator[GenerationStep]:
     """Yields the tokens that `generate` collects, each as soon as it is chosen.
 
-    Arguments are those of `generate`, and are checked when `stream` is called. Between two tokens the model is in its
-    own mode again, and gradients are as they were.
+    Arguments are those of `generate` but `compiled`, and are checked when `stream` is called, with the same errors.
+    Between two tokens the model is in its own mode again, and gradients are as they were.
 
     Returns:
         An iterator over `GenerationStep`s, at most `max_new_tokens` of them. Each holds the state from which any other
@@ -283,6 +284,7 @@ def check_start(
     if _reads_source(model):
         check_one_memory(source, source_padding_mask, state, name="source")
         if source is not None:
+            check_tensor("source", source, 2)
             check_batch("source", source.shape[0], prompt.shape[0])
     elif source is not None or source_padding_mask is not None:
         raise ValueError(

@@ -8,12 +8,19 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_flag, check_probability, check_size, check_streaming_part
+from megablocks._checks import (
+    check_flag,
+    check_probability,
+    check_size,
+    check_streaming_part,
+    check_trace,
+    check_width,
+)
 from megablocks.functional.padding import last_padding, zero_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.gated_attention import refuse_future
-from megablocks.layers.trace import call_for_last, results
+from megablocks.layers.trace import Shown, call_for_last, results
 from megablocks.models.adaptive import AdaptiveEmbedding, AdaptiveSoftmax
 from megablocks.models.embedding import SharedWeights, TokenEmbedding, created_on, vocabulary_output
 from megablocks.stacks import MegaDecoder
@@ -46,7 +53,8 @@ class MegaLanguageModel(SharedWeights):
         - `tokens`: $(B, L)$, int64 or int32; `padding_mask`: $(B, L)$, bool, `True` at padding.
         - output: logits $(B, L, \text{vocab})$, log-probabilities with an adaptive output, zeros at padding; with
           `last_only=True` those of each row's last real token alone, $(B, 1, \text{vocab})$; with a state
-          `(logits, new_state)`; with `trace=True` a `Trace` stands second.
+          `(logits, new_state)`; with `trace=True` a `Trace` stands second, with
+          `trace="hidden_states"` one without attention weights.
 
     Raises:
         ValueError: If a token is outside the vocabulary, or weights cannot be shared.
@@ -106,6 +114,7 @@ class MegaLanguageModel(SharedWeights):
                     embedding = TokenEmbedding(vocab_size, decoder.embed_dim, **options)
                 else:
                     embedding = AdaptiveEmbedding(vocab_size, decoder.embed_dim, **bands, **options)
+            check_width("embedding", embedding, decoder.embed_dim)
             if output is None and adaptive_cutoffs is not None:
                 shared: dict[str, Any] = {"embedding": embedding, "tie_projections": True} if tie_output else {}
                 output = AdaptiveSoftmax(decoder.embed_dim, vocab_size, **bands, **shared)
@@ -142,7 +151,7 @@ class MegaLanguageModel(SharedWeights):
         padding_mask: Tensor | None = None,
         state: None = None,
         last_only: bool = False,
-        trace: Literal[True],
+        trace: Shown,
     ) -> tuple[Tensor, Trace]: ...
     @overload
     def forward(
@@ -162,7 +171,7 @@ class MegaLanguageModel(SharedWeights):
         padding_mask: Tensor | None = None,
         state: DecoderState,
         last_only: bool = False,
-        trace: Literal[True],
+        trace: Shown,
     ) -> tuple[Tensor, Trace, DecoderState]: ...
     def forward(
         self,
@@ -171,9 +180,10 @@ class MegaLanguageModel(SharedWeights):
         padding_mask: Tensor | None = None,
         state: DecoderState | None = None,
         last_only: bool = False,
-        trace: bool = False,
+        trace: Shown | bool = False,
     ) -> Any:
         """Returns the logits; see the class for what `state`, `last_only` and `trace` change."""
+        check_trace(trace)
         x = self.embedding(tokens, padding_mask=padding_mask)
         x, seen, new_state = call_for_last(
             self.decoder, x, state, trace, last_only=last_only, padding_mask=padding_mask
@@ -190,8 +200,9 @@ def output_logits(
 ) -> Tensor:
     """Maps the decoder's output, of all positions or of the last real one of each row, to logits."""
     logits: Tensor = output(x)
-    if logits.shape[-1] != vocab_size:
+    if tuple(logits.shape) != (*x.shape[:2], vocab_size):
         raise ValueError(
-            f"`output` must give one logit for each of `vocab_size`={vocab_size} tokens, but gave {logits.shape[-1]}."
+            f"`output` must give one logit for each of `vocab_size`={vocab_size} tokens at each position, "
+            f"{(*x.shape[:2], vocab_size)}, but gave {tuple(logits.shape)}."
         )
     return zero_padding(logits, last_padding(padding_mask) if last_only else padding_mask)

@@ -147,13 +147,15 @@ def preset(name: str, **overrides: Any) -> Model:
         TypeError: If an override is not an option of this model; the message lists those that are.
 
     Note:
-        Vocabularies are those of the usual preparations of the data; override `vocab_size` for yours, and with
-        `wikitext103` also `adaptive_cutoffs` if it is small: `None` for one table. The widths of `wikitext103` are
+        Vocabularies are those of the usual preparations of the data; override `vocab_size` for yours (of `wmt`
+        `source_vocab_size`), and with `wikitext103` also `adaptive_cutoffs` if it is small: `None` for one table.
+        Widths do not follow one another: whoever overrides `embed_dim` overrides `qk_dim`, `value_dim` and `ffn_dim`
+        as well. The widths of `wikitext103` are
         those of the released code, with which the paper's 252M parameters come out; the paper's table says 1536 where
         the code has 2048.
 
     Example:
-        >>> model = preset("enwik8", num_layers=2, embed_dim=64)
+        >>> model = preset("enwik8", num_layers=2, embed_dim=64, qk_dim=32, value_dim=128, ffn_dim=128)
         >>> model.set_chunk_size(4096)        # as the paper does at test time
     """
     entry = lookup("name", name, PRESETS)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from megablocks._checks import check_module
 from megablocks.layers.arguments import REMEMBERING, arguments
 
 _DESCRIPTION = "model.json"
@@ -57,6 +58,7 @@ def save(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         >>> bool((again.alpha == ema.alpha).all())
         True
     """
+    check_module("model", model, "a layer, stack or model of megablocks")
     safetensors = _safetensors()
     target = Path(directory)
     recipe = _describe(model, "", {})

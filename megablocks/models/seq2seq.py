@@ -17,12 +17,14 @@ from megablocks._checks import (
     check_size,
     check_streaming_part,
     check_tensor,
+    check_trace,
+    check_width,
 )
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
 from megablocks.layers.cross_attention import check_one_memory
 from megablocks.layers.gated_attention import refuse_future
-from megablocks.layers.trace import call_for_last, results
+from megablocks.layers.trace import Shown, call_for_last, results
 from megablocks.models.embedding import SharedWeights, TokenEmbedding, created_on, share_table, vocabulary_output
 from megablocks.models.language_model import output_logits
 from megablocks.stacks import MegaDecoder, MegaEncoder
@@ -58,7 +60,7 @@ class MegaSeq2Seq(SharedWeights):
         - `source_padding_mask`: $(B, M)$, `target_padding_mask`: $(B, L)$, bool, `True` at padding.
         - output: logits $(B, L, \text{vocab})$, zeros at padding; with `last_only=True` those of each row's last
           real token alone; with a state, and then without source, `(logits, new_state)`; with `trace=True` the
-          decoder's `Trace` stands second.
+          decoder's `Trace` stands second, with `trace="hidden_states"` one without attention weights.
 
     Raises:
         ValueError: If source and state are both given or both missing, if a token is outside its vocabulary, or if
@@ -131,6 +133,8 @@ class MegaSeq2Seq(SharedWeights):
                 source_embedding = embedding(source_vocab_size, target_input_dim if share_embeddings else None)
             if target_embedding is None:
                 target_embedding = embedding(target_size, target_input_dim)
+            check_width("source_embedding", source_embedding, decoder.embed_dim)
+            check_width("target_embedding", target_embedding, decoder.embed_dim)
             if share_embeddings:
                 share_table(source_embedding, target_embedding)
             if output is None:
@@ -203,7 +207,7 @@ class MegaSeq2Seq(SharedWeights):
         target_padding_mask: Tensor | None = None,
         state: None = None,
         last_only: bool = False,
-        trace: Literal[True],
+        trace: Shown,
     ) -> tuple[Tensor, Trace]: ...
     @overload
     def forward(
@@ -223,7 +227,7 @@ class MegaSeq2Seq(SharedWeights):
         target_padding_mask: Tensor | None = None,
         state: DecoderState,
         last_only: bool = False,
-        trace: Literal[True],
+        trace: Shown,
     ) -> tuple[Tensor, Trace, DecoderState]: ...
     def forward(
         self,
@@ -234,7 +238,7 @@ class MegaSeq2Seq(SharedWeights):
         target_padding_mask: Tensor | None = None,
         state: DecoderState | None = None,
         last_only: bool = False,
-        trace: bool = False,
+        trace: Shown | bool = False,
     ) -> Any:
         """Returns the logits; see the class for what `state`, `last_only` and `trace` change."""
         if target is None:
@@ -242,6 +246,7 @@ class MegaSeq2Seq(SharedWeights):
         check_tensor("target", target, 2)
         check_padding_mask("target_padding_mask", target_padding_mask, (target.shape[0], target.shape[1]))
         check_one_memory(source, source_padding_mask, state, name="source")
+        check_trace(trace)
         x = self.target_embedding(target, padding_mask=target_padding_mask)
         given: dict[str, Any] = {"last_only": last_only, "padding_mask": target_padding_mask}
         if source is not None:

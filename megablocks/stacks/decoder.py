@@ -111,6 +111,7 @@ class MegaDecoder(Stack):
         """
         self._check_memory(memory, memory_padding_mask)
         if memory is not None:
+            check_input("memory", memory, self._width)
             check_batch("memory", memory.shape[0], batch_size)
         fixed = {} if capacity is None else {"capacity": capacity}
         states = []

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 
-from megablocks._checks import check_module, check_state, check_streaming_part
+from megablocks._checks import (
+    check_batch,
+    check_input,
+    check_module,
+    check_one_width,
+    check_state,
+    check_streaming_part,
+)
 from megablocks.functional.padding import last_padding, last_real_position
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
@@ -61,6 +68,7 @@ class MegaDecoderLayer(nn.Module):
             check_streaming_part("cross_attention", cross_attention, "a GatedCrossAttention")
         if feed_forward is not None:
             check_module("feed_forward", feed_forward, "a NormalizedFFN")
+        check_one_width({"attention": attention, "cross_attention": cross_attention, "feed_forward": feed_forward})
         self.attention = attention
         self.cross_attention = cross_attention
         self.feed_forward = feed_forward
@@ -87,6 +95,9 @@ class MegaDecoderLayer(nn.Module):
     ) -> DecoderLayerState:
         """Returns the state before the first token; see `MegaDecoder.init_state`."""
         self._check_memory(memory, memory_padding_mask)
+        if memory is not None:
+            check_input("memory", memory, getattr(self.attention, "embed_dim", None))
+            check_batch("memory", memory.shape[0], batch_size)
         fixed = {} if capacity is None else {"capacity": capacity}
         attention = self.attention.init_state(batch_size, **fixed)  # type: ignore[operator]
         cross = None

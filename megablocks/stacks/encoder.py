@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from megablocks._checks import check_input, check_module, check_padding_mask, check_size, check_trace
+from megablocks._checks import (
+    check_input,
+    check_module,
+    check_one_width,
+    check_padding_mask,
+    check_size,
+    check_trace,
+)
 from megablocks.functional.padding import zero_padding
 from megablocks.layers import Trace
 from megablocks.layers.arguments import remembers_arguments
@@ -47,6 +54,7 @@ class MegaEncoderLayer(nn.Module):
         check_module("attention", attention, "a MovingAverageGatedAttention")
         if feed_forward is not None:
             check_module("feed_forward", feed_forward, "a NormalizedFFN")
+        check_one_width({"attention": attention, "feed_forward": feed_forward})
         self.attention = attention
         self.feed_forward = feed_forward
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from megablocks._checks import check_flag, check_modules, check_optional_size, check_probability
+from megablocks._checks import check_flag, check_modules, check_one_width, check_optional_size, check_probability
 from megablocks.layers import Trace
 from megablocks.layers.norm import SequenceNorm, recomputing, sequence_norm
 
@@ -30,6 +30,7 @@ class Stack(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(check_modules("layers", layers))
+        check_one_width({f"layers[{index}]": layer for index, layer in enumerate(self.layers)})
         self.layer_drop = check_probability("layer_drop", layer_drop)
         self.checkpoint = check_flag("checkpoint", checkpoint)
         ready = final_norm is None or isinstance(final_norm, SequenceNorm)

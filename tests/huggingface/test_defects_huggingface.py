@@ -328,10 +328,29 @@ def test_e21_losses_of_tokens_leave_padding_out():
     for kind in (MegaForCausalLM, MegaForMaskedLM):
         model = lively(kind(small_config(bidirectional=False)))
         right, left = (padded(rows, side) for side in ("right", "left"))
-        losses = [
-            model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss for ids, mask in (right, left)
-        ]
-        same(*losses)
+        for ids, mask in (right, left):
+            same(model(ids, attention_mask=mask, labels=ids).loss, loss := _token_loss(model, *right))
+            same(_token_loss(model, ids, mask), loss)
+            # As `Trainer` counts: every label but the first of a row, which under left padding nothing predicts.
+            labels = ids.masked_fill(mask == 0, -100)
+            counted = (labels if kind is MegaForMaskedLM else labels[:, 1:]) != -100
+            given = {"labels": labels, "num_items_in_batch": counted.sum()}
+            same(model(ids, attention_mask=mask, **given).loss, loss)
+
+
+def _token_loss(model, ids, mask):
+    return model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+
+
+def test_losses_of_kept_positions_leave_padding_out():
+    model = lively(MegaForCausalLM(causal_config()))
+    ids, mask = padded([tokens(1, length)[0] for length in (7, 4)], "left")
+    whole = model(ids, attention_mask=mask, labels=ids).loss
+    kept = model(ids, attention_mask=mask, labels=ids[:, -5:], logits_to_keep=5).loss
+    assert not torch.equal(whole, kept)
+    same(
+        kept, model(ids, attention_mask=mask, labels=ids[:, -5:].where(mask[:, -5:] == 1, -100), logits_to_keep=5).loss
+    )
 
 
 def test_an_encoder_and_decoder_model_reads_its_memory_once():

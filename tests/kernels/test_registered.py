@@ -14,7 +14,7 @@ from torch import Tensor
 from laws import assert_close, assert_same
 from megablocks import MultiDimensionDampedEMA, ema_backend
 from megablocks.functional.backends import BACKENDS
-from megablocks.functional.ema import coefficients
+from megablocks.functional.ema import coefficients, damped_ema
 from megablocks.kernels import numba_host as module
 from megablocks.kernels.blocked import blocked
 from megablocks.kernels.numba_cpu import numba_cpu
@@ -234,3 +234,25 @@ def test_a_first_call_that_takes_long_says_that_it_compiles(monkeypatch, patienc
         if patience == 0.0
         else []
     )
+
+
+@pytest.mark.parametrize("rows", [70, 140], ids=["forwards", "both ways"])
+def test_the_callers_numpy_does_not_decide_what_overflows(rows):
+    params = [torch.randn(rows, 4) for _ in range(4)]
+    x, dy = torch.randn(2, 50, 70, requires_grad=True), torch.ones(2, 50, 70)
+    dy[0, 3:30] = 3e38
+    with np.errstate(all="raise"):
+        damped_ema(x, *params, backend="numba_cpu").backward(dy)
+    assert not bool(x.grad[0].isfinite().all())
+    assert bool(x.grad[1].isfinite().all())
+
+
+@pytest.mark.parametrize("backend", ["recurrent", "blocked", "numba_cpu"])
+@pytest.mark.parametrize("truncation", [None, 20])
+def test_infinite_parameters_forget_at_once(backend, truncation):
+    beta, eta = torch.randn(2, 3, 2)
+    forgets = torch.full((3, 2), torch.inf)
+    x = torch.randn(2, 100, 3, requires_grad=True)
+    y = damped_ema(x, forgets, forgets, beta, eta, truncation=truncation, backend=backend)
+    torch.testing.assert_close(y, x * (beta * eta).sum(-1) * 2**-0.5)
+    assert bool(torch.autograd.grad(y.sum(), x)[0].isfinite().all())

@@ -280,12 +280,10 @@ def test_state_of_another_chunk_size():
 def test_no_state_for_a_bidirectional_layer():
     ema = MultiDimensionDampedEMA(8, causal=False)
     start = "A state needs `causal=True`, but this MultiDimensionDampedEMA has causal=False"
-    with raises(
-        ValueError,
-        f"{start}: its backward averages would have to know the future. Call it without a state on the whole sequence.",
-    ):
+    why = "its backward averages would have to know the future. Call it without a state on the whole sequence."
+    with raises(ValueError, f"{start}: {why}"):
         ema.init_state(2)
-    with raises(ValueError, f"{start}; call it without a state on the whole sequence."):
+    with raises(ValueError, f"{start}: {why}"):
         ema(X, state=MultiDimensionDampedEMA(8).init_state(2))
     for average in (16, MultiDimensionDampedEMA(8)):  # a causal average does not help
         layer = MovingAverageGatedAttention(8, 4, causal=False, ema=average)
@@ -421,7 +419,10 @@ def test_a_tensor_for_a_batch_size():
 
 
 def test_an_average_of_another_width():
-    text = "`ema` must have the width of the layer, 8, but is a MultiDimensionDampedEMA of width 4."
+    text = (
+        "`ema` must have the width of what it is part of, 8, but is a MultiDimensionDampedEMA of width 4; "
+        "make both of one width."
+    )
     with raises(ValueError, text):
         MovingAverageGatedAttention(8, 4, ema=MultiDimensionDampedEMA(4))
 

@@ -149,10 +149,10 @@ def test_a_learned_attention_function_compiles(kind):
 
 @pytest.mark.parametrize("cls", [*LAYERS.values(), NormalizedFFN])
 def test_classes_are_refused_where_functions_are_meant(cls):
-    rule = "must be a function or an instance of a module, but is the class ReLU; pass an instance, as in"
-    with pytest.raises(TypeError, match=rf"^`activation` {rule} activation=ReLU\(\)\.$"):
+    rule = "must be an instance, but is the class ReLU; pass one, as in"
+    with pytest.raises(TypeError, match=rf"^`activation` {rule} activation=ReLU\(\.\.\.\)\.$"):
         cls(4, 2, activation=nn.ReLU)
     if cls is not NormalizedFFN:
         for given in (nn.ReLU, AttentionFunction(nn.ReLU, divide_by_keys=True)):
-            with pytest.raises(TypeError, match=rf"^`attention` {rule} attention=ReLU\(\)\.$"):
+            with pytest.raises(TypeError, match=rf"^`attention` {rule} attention=ReLU\(\.\.\.\)\.$"):
                 cls(4, 2, attention=given)

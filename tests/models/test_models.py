@@ -256,6 +256,7 @@ def test_what_is_no_model_part_is_named():
     with pytest.raises(ValueError, match=r"^`embedding_dropout` must be in \[0, 1\), but is 1\.5\.$"):
         language_model(embedding_dropout=1.5)
     with pytest.raises(
-        ValueError, match=r"^`output` must give one logit for each of `vocab_size`=11 tokens, but gave 5\.$"
+        ValueError,
+        match=r"^`output` must give one logit for each of `vocab_size`=11 tokens at .*, 11\), but gave .*, 5\)\.$",
     ):
         language_model(output=nn.Linear(8, 5))(TOKENS)
