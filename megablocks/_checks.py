@@ -333,26 +333,6 @@ def check_table(length: int, max_positions: int) -> None:
         )
 
 
-def check_relative_bias(bias: Tensor, expected: tuple[int, ...]) -> Tensor:
-    """Returns what a position bias gave if it is a number for each query and key, the same for all rows or not."""
-    if tuple(bias.shape) not in (expected, expected[-2:]):
-        raise ValueError(
-            f"A position bias must return shape {expected} for these positions, a number for each query and key, but "
-            f"returned shape {tuple(bias.shape)}; there is one head, and no axis for it."
-        )
-    return bias
-
-
-def check_relative_table(table: Tensor) -> Tensor:
-    """Returns what a bias's `relative_table` gave if it holds one number for each relative position."""
-    if table.dim() != 1 or table.shape[0] % 2 == 0:
-        raise ValueError(
-            "`relative_table(positions)` of a position bias must return shape (2 * positions - 1,), a number for each "
-            f"relative position, but returned shape {tuple(table.shape)}; `RotaryRelativeBias` shows how."
-        )
-    return table
-
-
 def check_kept_shape(name: str, made: Tensor, expected: tuple[int, ...]) -> Tensor:
     """Returns what a part of the user's gave if it has the shape that it should leave as it is."""
     if tuple(made.shape) != expected:

@@ -22,7 +22,6 @@ from megablocks.functional.padding import (
     Span,
     last_padding,
     last_real_position,
-    pad_to_multiple,
     real_lengths,
     slots,
     take,
@@ -32,6 +31,7 @@ from megablocks.functional.position import simple_bias
 from megablocks.functional.sight import (
     PositionBias,
     Sight,
+    any_length,
     apply_weights,
     attend,
     attend_sight,
@@ -73,12 +73,16 @@ def chunked_attention(
         $(B, 1, L, L)$ where there is one chunk; `None` where they are not needed.
     """
     batch, length = q.shape[:2]
-    size = length if chunk_size is None else min(chunk_size, length)
-    count = -(-length // size) * size
+    if chunk_size is not None and any_length(length):  # a chunk to spare: how the last one falls is no other case
+        size, count = chunk_size, (length // chunk_size + 2) * chunk_size
+    else:
+        size = length if chunk_size is None else min(chunk_size, length)
+        count = -(-length // size) * size
     options: dict[str, Any] = {"bias": bias, "dropout": dropout, "need_weights": need_weights}
     if padding_mask is None:
         filled = None if count == length else (torch.arange(count, device=q.device) < length).unsqueeze(0)
-        q, k, v = (pad_to_multiple(x, size) for x in (q, k, v))
+        if filled is not None:
+            q, k, v = (F.pad(x, (0, 0, 0, count - length)) for x in (q, k, v))
         out, weights = _in_chunks(q, k, v, function, size, causal, filled, **options)
         return out[:, :length], weights
     start = torch.zeros(batch, dtype=torch.int64, device=q.device)

@@ -101,12 +101,6 @@ def zero_padding(x: Tensor, padding_mask: Tensor | None) -> Tensor:
     return x.masked_fill(padding_mask.view(*padding_mask.shape, *[1] * (x.dim() - 2)), 0.0)
 
 
-def pad_to_multiple(x: Tensor, size: int) -> Tensor:
-    """Returns `x` (B, L, D) with zeros appended until `size` divides its length."""
-    missing = -x.shape[1] % size
-    return F.pad(x, (0, 0, 0, missing)) if missing else x
-
-
 def take(x: Tensor, index: Tensor, empty: Tensor | None) -> Tensor:
     """Returns (B, S, ...) with row `index[b, s]` of `x[b]` at each place, zeros where `empty` (B, S) says so."""
     trailing = x.shape[2:]

@@ -23,7 +23,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from megablocks._checks import check_kept_shape, check_relative_bias, check_relative_table
+from megablocks._checks import check_kept_shape
 from megablocks.functional.attention_function import Attention, softmax
 from megablocks.functional.precision import at_least_float32
 from megablocks.functional.recomputation import recomputed_inside, remembering_nothing
@@ -82,7 +82,7 @@ def relative_bias(bias: PositionBias, queries: Tensor, keys: Tensor) -> Tensor:
     """Returns the bias of these positions, (L, S), or (B, L, S) where rows have positions of their own."""
     relative = bias(queries, keys)
     shape = (*max(queries.shape[:-1], keys.shape[:-1], key=len), queries.shape[-1], keys.shape[-1])
-    return check_relative_bias(relative, shape)
+    return _checked_bias(relative, shape)
 
 
 def relative_table(bias: PositionBias, positions: int) -> Tensor | None:
@@ -93,10 +93,30 @@ def relative_table(bias: PositionBias, positions: int) -> Tensor | None:
     for kind in type(bias).__mro__:
         if callable(vars(kind).get("relative_table")):
             table: Tensor = bias.relative_table(positions)  # type: ignore[attr-defined]
-            return check_relative_table(table.detach())
+            return _checked_table(table.detach())
         if "forward" in vars(kind):
             break
     return None
+
+
+def _checked_bias(bias: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """Returns what a position bias gave if it is a number for each query and key, the same for all rows or not."""
+    if tuple(bias.shape) not in (expected, expected[-2:]):
+        raise ValueError(
+            f"A position bias must return shape {expected} for these positions, a number for each query and key, but "
+            f"returned shape {tuple(bias.shape)}; there is one head, and no axis for it."
+        )
+    return bias
+
+
+def _checked_table(table: Tensor) -> Tensor:
+    """Returns what a bias's `relative_table` gave if it holds one number for each relative position."""
+    if table.dim() != 1 or table.shape[0] % 2 == 0:
+        raise ValueError(
+            "`relative_table(positions)` of a position bias must return shape (2 * positions - 1,), a number for each "
+            f"relative position, but returned shape {tuple(table.shape)}; `RotaryRelativeBias` shows how."
+        )
+    return table
 
 
 def attend_sight(
@@ -128,7 +148,7 @@ def attend_sight(
     length, seen = q.shape[1], k.shape[1]
     # Dropout is drawn piece by piece: whether gradients are asked for must not make other pieces.
     size = PIECE if dropout is None and _leaves_keys_out(q, sight) else WHOLE
-    if need_weights or _any_length(length) or length * seen <= size * WHOLE or plain_only(q, k, v):
+    if need_weights or any_length(length) or length * seen <= size * WHOLE or plain_only(q, k, v):
         out, weights = _whole(q, k, v, function, sight, bias, dropout)
         return out, weights if need_weights else None
     cuts = _fused_cuts(q, v, function, sight, bias, dropout) if length * seen > WHOLE * WHOLE else 0
@@ -139,7 +159,7 @@ def attend_sight(
     return _in_pieces(q, k, v, function, sight, bias, dropout, size), None
 
 
-def _any_length(length: int) -> bool:
+def any_length(length: int) -> bool:
     """Whether a program is exported that serves lengths of any kind, and so must not choose by them."""
     return exporting() and isinstance(length, torch.SymInt)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laws import assert_same
-from megablocks.functional.padding import packed, pad_to_multiple, real_lengths, slots, zero_padding
+from megablocks.functional.padding import packed, real_lengths, slots, zero_padding
 from strategies import mask, padding_masks
 
 
@@ -56,13 +56,3 @@ def test_real_lengths():
     padded = mask(("..#", "###", "..."))
     assert real_lengths((3, 3), padded, padded.device).tolist() == [2, 0, 3]
     assert real_lengths((2, 5), None, padded.device).tolist() == [5, 5]
-
-
-@given(length=st.integers(1, 9), size=st.integers(1, 9))
-def test_pad_to_multiple(length, size):
-    x = torch.randn(2, length, 3)
-    y = pad_to_multiple(x, size)
-    assert y.shape[1] % size == 0
-    assert length <= y.shape[1] < length + size
-    assert_same(y[:, :length], x)
-    assert not y[:, length:].any()

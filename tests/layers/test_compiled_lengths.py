@@ -53,9 +53,10 @@ def test_the_average_is_compiled_with_sizes_by_name(causal, backend):
         lambda: MultiDimensionDampedEMA(4, 2),
         lambda: MultiDimensionDampedEMA(4, 2, causal=False, truncation=70),
         lambda: MovingAverageGatedAttention(4, 2),
-        lambda: mega_encoder(2, 4, qk_dim=2, attention="laplace", truncation=5),
+        lambda: MovingAverageGatedAttention(4, 2, chunk_size=16),
+        lambda: mega_encoder(2, 4, qk_dim=2, attention="laplace", chunk_size=32, truncation=5),
     ],
-    ids=["average", "bidirectional average", "attention", "stack"],
+    ids=["average", "bidirectional average", "attention", "chunks", "stack"],
 )
 def test_an_exported_program_serves_every_length(make):
     layer = make().eval().requires_grad_(False)
