@@ -177,15 +177,14 @@ def check_state(state: object, kinds: type | tuple[type, ...], owner: str) -> No
         )
 
 
-def check_rows(rows: object) -> Tensor:
-    """Returns `rows` if they are row numbers of a batch, (B',)."""
+def check_rows(rows: object) -> None:
+    """Raises unless `rows` are row numbers of a batch, (B',)."""
     if not isinstance(rows, Tensor) or rows.dtype not in (torch.int64, torch.int32) or rows.dim() != 1:
         kind = f"{rows.dtype} of shape {tuple(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
         raise TypeError(
             f"`rows` must be an int64 tensor of row numbers, of one axis, but is {kind}; make one by "
             "`torch.tensor([0, 2])`, or of a mask of rows to keep by `mask.nonzero().squeeze(1)`."
         )
-    return rows
 
 
 def check_state_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -362,7 +361,7 @@ def check_one_width(parts: Mapping[str, object]) -> None:
 
 
 def check_width(name: str, module: object, embed_dim: int) -> None:
-    """Raises if a part says that it is made for another width than the layer's."""
+    """Raises if a part says that it is made for another width than what it is part of."""
     width = getattr(module, "embed_dim", embed_dim)
     if width != embed_dim:
         raise ValueError(

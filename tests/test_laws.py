@@ -46,7 +46,8 @@ def covering(applies: Callable[[Case], bool] = lambda case: True, **fixed: objec
 
 @under(lambda block: block.sequence and block.causal and not block.pooled)
 @given(case=cases(causal=True, past=True))
-@covering()
+# Without a norm two layers may square 1e4 out of the range of float32, and infinity times a weight of zero is NaN.
+@covering(lambda case: case.norm is not None)
 def test_causal(block, case):
     hold(laws.causal, block, case)
 

@@ -81,8 +81,13 @@ class Sight(NamedTuple):
 def relative_bias(bias: PositionBias, queries: Tensor, keys: Tensor) -> Tensor:
     """Returns the bias of these positions, (L, S), or (B, L, S) where rows have positions of their own."""
     relative = bias(queries, keys)
-    shape = (*max(queries.shape[:-1], keys.shape[:-1], key=len), queries.shape[-1], keys.shape[-1])
-    return _checked_bias(relative, shape)
+    expected = (*max(queries.shape[:-1], keys.shape[:-1], key=len), queries.shape[-1], keys.shape[-1])
+    if tuple(relative.shape) not in (expected, expected[-2:]):
+        raise ValueError(
+            f"A position bias must return shape {expected} for these positions, a number for each query and key, but "
+            f"returned shape {tuple(relative.shape)}; there is one head, and no axis for it."
+        )
+    return relative
 
 
 def relative_table(bias: PositionBias, positions: int) -> Tensor | None:
@@ -97,16 +102,6 @@ def relative_table(bias: PositionBias, positions: int) -> Tensor | None:
         if "forward" in vars(kind):
             break
     return None
-
-
-def _checked_bias(bias: Tensor, expected: tuple[int, ...]) -> Tensor:
-    """Returns what a position bias gave if it is a number for each query and key, the same for all rows or not."""
-    if tuple(bias.shape) not in (expected, expected[-2:]):
-        raise ValueError(
-            f"A position bias must return shape {expected} for these positions, a number for each query and key, but "
-            f"returned shape {tuple(bias.shape)}; there is one head, and no axis for it."
-        )
-    return bias
 
 
 def _checked_table(table: Tensor) -> Tensor:

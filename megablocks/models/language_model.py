@@ -53,8 +53,8 @@ class MegaLanguageModel(SharedWeights):
         - `tokens`: $(B, L)$, int64 or int32; `padding_mask`: $(B, L)$, bool, `True` at padding.
         - output: logits $(B, L, \text{vocab})$, log-probabilities with an adaptive output, zeros at padding; with
           `last_only=True` those of each row's last real token alone, $(B, 1, \text{vocab})$; with a state
-          `(logits, new_state)`; with `trace=True` a `Trace` stands second, with
-          `trace="hidden_states"` one without attention weights.
+          `(logits, new_state)`; with `trace=True` a `Trace` stands second, with `trace="hidden_states"` one without
+          attention weights.
 
     Raises:
         ValueError: If a token is outside the vocabulary, or weights cannot be shared.

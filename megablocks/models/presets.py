@@ -150,9 +150,8 @@ def preset(name: str, **overrides: Any) -> Model:
         Vocabularies are those of the usual preparations of the data; override `vocab_size` for yours (of `wmt`
         `source_vocab_size`), and with `wikitext103` also `adaptive_cutoffs` if it is small: `None` for one table.
         Widths do not follow one another: whoever overrides `embed_dim` overrides `qk_dim`, `value_dim` and `ffn_dim`
-        as well. The widths of `wikitext103` are
-        those of the released code, with which the paper's 252M parameters come out; the paper's table says 1536 where
-        the code has 2048.
+        as well. The widths of `wikitext103` are those of the released code, with which the paper's 252M parameters come
+        out; the paper's table says 1536 where the code has 2048.
 
     Example:
         >>> model = preset("enwik8", num_layers=2, embed_dim=64, qk_dim=32, value_dim=128, ffn_dim=128)
